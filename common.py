@@ -1,0 +1,882 @@
+"""The plumbing under the four scripts, about which no paper has an opinion: command line, processes, backbone,
+precision, checkpoints, the run folder, pictures. The training loop itself stands in each script:
+
+    args = common.parse(parser, argv, RECIPE, "srdl")      # resolved: flag > checkpoint > recipe > default
+    common.launch(main, args)                              # one process per device, or torchrun's
+
+    def main(args):
+        env = common.start(args)
+        train, test = common.load_data(args, env)
+        run = common.Run("srdl", args, env, model, train, test)
+        net = run.prepare(optimizer, schedule)             # DDP, EMA, precision, --init-from, --resume
+        for epoch in run.epochs():
+            for images, labels in run.batches(epoch):
+                with run.autocast(): ...
+                run.update(loss, L_one=..., L_two=...)     # backward and, after --accumulate parts, the step
+            run.finish_epoch(epoch)                        # test, log.jsonl, last.pt, best.pt
+"""
+
+import argparse
+import contextlib
+import copy
+import datetime
+import json
+import math
+import os
+import resource
+import shlex
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torchvision
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import data
+import eval as metrics
+from data import UserError, write_atomically
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there, nobody holds the run folder
+    fcntl = None
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+NEAREST = {"voc2012": "voc2007"}  # a set without a recipe takes this one's
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "mobilenet_v2")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Prints the default of every flag that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def arguments(description):
+    """Parser with the flags that all four scripts share. Defaults that depend on --data come from the RECIPE."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=Help)
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="toy", choices=tuple(data.VOC_SETS), help="data set")
+    add("--root", metavar="DIR", help="its folder (default: datasets/<data>; toy is drawn there)")
+    add("--train-split", help="split to train on")
+    add("--test-split", help="split to test on")
+    add("--train-list", metavar="FILE", help="train on the image ids in FILE; labels come from the annotations")
+    add("--val-list", metavar="FILE", help="test on the image ids in FILE")
+    add("--classes", metavar="FILE", help="use only the classes named in FILE, one a line, in that order")
+    add("--difficult-train", choices=("negative", "positive"), help="what difficult objects count as in training")
+    add("--difficult-test", choices=("ignore", "negative", "positive"), help="and when testing")
+    add("--limit", type=positive_int, metavar="N", help="first N images of train and of test after a seeded shuffle")
+    add("-j", "--workers", type=natural, default=default_workers(), help="image loading processes per training process")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--backbone", choices=BACKBONES, help="network under the head")
+    add("--weights", help="v1, v2 or swsl (pretrained, downloaded once), none, or the PATH of a state dict")
+    add("--image-size", type=positive_int, help="side of the square input in pixels")
+    add("--baseline", action="store_true", help="the plain backbone (global average pooling, linear) instead")
+
+    add = parser.add_argument_group("training").add_argument
+    add("-b", "--batch-size", type=positive_int, help="images per optimizer step, over all processes")
+    add("--accumulate", type=positive_int, default=1, metavar="N", help="compute each step in N parts, to save memory")
+    add("--epochs", type=positive_int, help="length; schedules given in epochs scale with it")
+    add("--lr", type=float, help="learning rate")
+    add("--weight-decay", type=float, help="weight decay")
+    add("--ema-decay", type=float, default=0.0, help="report a moving average of the weights; 0: none")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision; auto: bf16 where it is fast")
+    add("--seed", type=natural, default=0, help="of weights, order and augmentation")
+    add("--eval-every", type=positive_int, default=1, metavar="N", help="test every N epochs, and after the last")
+    add("--threshold", type=float, default=0.5, help="probability from which a class counts as predicted")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--gpus", metavar="0,1", help="GPUs, one process each; 'cpu' or 'cpu,cpu' works too (default: the first GPU)")
+    add("--sync-bn", action="store_true", help="BatchNorm over all GPUs")
+    add("--out", metavar="DIR", help="run folder (default: runs/<method>/<data>/<time>)")
+    add("--resume", nargs="?", const="auto", metavar="RUN", help="continue a run (folder or last.pt; auto: newest)")
+    add("--init-from", metavar="RUN", help="start from another run's weights; class rows are matched by name")
+    add("--evaluate", action="store_true", help="test --checkpoint and stop")
+    add("--checkpoint", metavar="FILE", help="for --evaluate: last.pt or best.pt, or the run folder")
+    return parser
+
+
+def natural(text):
+    """argparse type: an integer from 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
+    return int(text)
+
+
+def positive_int(text):
+    """argparse type: an integer from 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return int(text)
+
+
+def default_workers():
+    return max(1, min(8, (os.cpu_count() or 2) // 2))
+
+
+def parse(parser, argv, recipe, method):
+    """Parse and resolve: a flag beats the checkpoint's configuration, which beats the recipe, which beats the default.
+
+    Adds method, recipe (the data set whose numbers were taken), command, given (flags that were typed). Wrong
+    combinations end as argparse errors do.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scan.add_argument("--data", default="toy")
+    name = scan.parse_known_args(argv)[0].data
+    parser.set_defaults(**recipe.get(NEAREST.get(name, name), {}))  # so that --help prints this data set's numbers
+    flags = [action.dest for action in parser._actions]
+    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(flags))))
+    given = {k: typed[k] for k in flags if typed.get(k) is not None}
+
+    try:
+        stored, origin = stored_configuration(method, given)
+    except UserError as error:
+        parser.error(str(error))
+    values = vars(parser.parse_args([])) | stored
+    if given.get("data", values["data"]) != stored.get("data"):
+        folder = data.VOC_SETS[given.get("data", values["data"])]
+        values |= {"train_split": folder[2], "test_split": folder[3]}
+        values |= dict.fromkeys(("root", "train_list", "val_list", "classes"))
+    args = argparse.Namespace(**(values | given))
+    args.method, args.recipe, args.given = method, NEAREST.get(args.data, args.data), sorted(given)
+    args.command = shlex.join([f"{method}.py", *argv])
+    args.resume = str(origin) if origin and args.resume else None
+    if args.resume:
+        args.out = args.out or str(origin.parent)
+    args.out = args.out or str(Path("runs", method, args.data, time.strftime("%Y%m%d-%H%M%S")))
+    if args.evaluate != bool(args.checkpoint):
+        parser.error("--evaluate and --checkpoint FILE belong together")
+    if args.evaluate and given.get("resume"):
+        parser.error("--evaluate tests a --checkpoint; --resume continues training")
+    if not 0 <= args.ema_decay < 1:
+        parser.error(f"--ema-decay {args.ema_decay}: expected a number in [0, 1)")
+    return args
+
+
+# What belongs to a call, not to the model; and what may differ when a run is resumed.
+PER_CALL = ("resume", "evaluate", "checkpoint", "out", "gpus", "command", "given", "init_from")
+MAY_CHANGE = (*PER_CALL, "root", "workers", "batch_size", "accumulate", "amp", "eval_every", "threshold", "sync_bn")
+
+
+def stored_configuration(method, given):
+    """(configuration, checkpoint path) that --resume or --checkpoint refers to; ({}, None) for a fresh start.
+
+    UserError for a missing file, another method or backbone, and for a resumed run any flag that would not take effect.
+    """
+    name = given.get("resume") or given.get("checkpoint")
+    if name == "auto":
+        folder = Path(given["out"]) if "out" in given else Path("runs", method, given.get("data", "toy"))
+        found = folder.glob("last.pt" if "out" in given else "*/last.pt")
+        name = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    if not name:
+        return {}, None
+    path = Path(name) / "last.pt" if Path(name).is_dir() else Path(name)
+    state = load_checkpoint(path)
+    stored = {k: v for k, v in state["config"].items() if k not in PER_CALL}
+    refuse_other(path, "method", state["method"], method)
+    for flag in ("backbone",) if "checkpoint" in given else [k for k in given if k not in MAY_CHANGE]:
+        if flag in given:
+            refuse_other(path, flag.replace("_", "-"), stored[flag], given[flag])
+    return stored, path
+
+
+def refuse_other(path, what, stored, wanted):
+    if stored != wanted:
+        raise UserError(
+            f"{path} has {what} {stored}; {wanted} is asked for. Start a new run (--init-from takes weights)"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+@dataclass
+class Env:
+    """This process: rank, number of processes, device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+
+def launch(main, args):
+    """Run main(args) in one process per entry of --gpus (or in torchrun's), and end with a readable message."""
+    world = len((args.gpus or "").split(","))
+    try:
+        if world == 1 or "RANK" in os.environ:
+            main(args)
+        else:
+            rendezvous = f"file:///tmp/multilabel-{os.getpid()}-{time.time_ns()}"
+            torch.multiprocessing.start_processes(worker, (main, args, world, rendezvous), world, start_method="spawn")
+    except UserError as error:  # raised in a loader's process it carries that traceback in front
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(2)  # the first process says the same; let it be heard alone
+        print(f"{args.method}.py: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
+        sys.exit(2)
+    except torch.multiprocessing.ProcessExitedException as error:
+        sys.exit(error.exit_code or 1)  # that process has said why
+    except torch.OutOfMemoryError:
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        sys.exit(
+            f"{args.method}.py: out of GPU memory at --batch-size {args.batch_size}, --image-size {args.image_size} "
+            f"({peak:.1f} GiB used). Try --accumulate 2 (same result), --amp bf16, more --gpus, or a smaller size."
+        )
+    except KeyboardInterrupt:
+        resumable = Path(args.out, "last.pt").is_file()
+        sys.exit("\nstopped" + (f"; continue with: python {args.method}.py --resume {args.out}" if resumable else ""))
+
+
+def worker(rank, main, args, world, rendezvous):
+    """One spawned process: the variables that torchrun would set, then the same way as everybody else's."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), INIT_METHOD=rendezvous)
+    launch(main, args)
+
+
+def start(args):
+    """Device, process group, thread count, seed; returns Env. UserError for a GPU that is not there."""
+    rank, local, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    names = args.gpus.split(",") if args.gpus else [str(local) if torch.cuda.is_available() else "cpu"] * (local + 1)
+    if local >= len(names):
+        raise UserError(f"--gpus {args.gpus} names {len(names)} devices for {local + 1} or more processes")
+    name = names[local].strip()
+    if name == "cpu":
+        device = torch.device("cpu")
+        if args.sync_bn:
+            raise UserError("--sync-bn works on GPUs only")
+        if world > 1:
+            torch.set_num_threads(max(1, torch.get_num_threads() // world))
+    elif not name.isdigit() or int(name) >= torch.cuda.device_count():
+        raise UserError(f"--gpus {args.gpus}: no GPU {name!r}; this machine has {torch.cuda.device_count()}. Or: cpu")
+    else:
+        device = torch.device("cuda", int(name))
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=os.environ.get("INIT_METHOD", "env://"),
+            rank=rank,
+            world_size=world,
+            timeout=datetime.timedelta(hours=1),
+        )
+    args.out = agree(args.out)
+    torch.manual_seed(args.seed)
+    return Env(rank, world, device)
+
+
+def agree(value):
+    """The first process's value, in all of them."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+@contextlib.contextmanager
+def first_process_first(env):
+    """The first process does it alone (draws, downloads, caches), then the others find it done."""
+    if not env.first:
+        dist.barrier()
+    yield
+    if env.first and env.world > 1:
+        dist.barrier()
+
+
+def load_data(args, env):
+    """(train, test) tables; whatever must be drawn is drawn once."""
+    with first_process_first(env):
+        return data.load(args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backbones
+
+
+class Backbone(nn.Module):
+    """An ImageNet network cut in three: images (B, 3, H, W) -> F8, F16, F32 of `channels` at strides 8, 16, 32.
+
+    last_stride=1 keeps the last stage at stride 16. frozen: names of submodules ("to8", "to16", "to8.layer1") that
+    get no gradient and keep BatchNorm in eval mode; frozen_bn: all BatchNorm likewise. weights: see `pretrained`.
+    """
+
+    def __init__(self, name, weights="none", last_stride=2, frozen=(), frozen_bn=False):
+        super().__init__()
+        net = getattr(torchvision.models, name)(weights=None)
+        load_pretrained(net, name, weights)
+        if name == "mobilenet_v2":
+            self.to8, self.to16, self.to32 = net.features[:7], net.features[7:14], net.features[14:]
+            self.channels = (32, 96, 1280)
+            strided = [self.to32[0].conv[1][0]]
+        else:
+            parts = OrderedDict(net.named_children())
+            self.to8 = nn.Sequential(
+                OrderedDict((k, parts[k]) for k in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2"))
+            )
+            self.to16 = nn.Sequential(OrderedDict(layer3=net.layer3))
+            self.to32 = nn.Sequential(OrderedDict(layer4=net.layer4))
+            d = net.fc.in_features
+            self.channels = (d // 4, d // 2, d)
+            first = net.layer4[0]
+            strided = [first.conv2 if hasattr(first, "conv3") else first.conv1, first.downsample[0]]
+        for conv in strided if last_stride == 1 else ():
+            conv.stride = (1, 1)
+        self.frozen, self.frozen_bn = frozen, frozen_bn
+        for module in self.still():
+            module.requires_grad_(False)
+
+    def still(self):
+        """The modules that do not train."""
+        yield from map(self.get_submodule, self.frozen)
+        if self.frozen_bn:
+            yield from (m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.still():
+            module.eval()
+        return self
+
+    def forward(self, images):
+        f8 = self.to8(images)
+        f16 = self.to16(f8)
+        return f8, f16, self.to32(f16)
+
+
+SWSL = "https://dl.fbaipublicfiles.com/semiweaklysupervision/model_files/semi_weakly_supervised_resnext101_32x8-b4712904.pth"
+
+
+def load_pretrained(net, name, weights):
+    """Fill a torchvision network: weights v1, v2 (torchvision's ImageNet weights), swsl, none, or a state dict's path.
+
+    The two versions are not interchangeable: v2 alone is worth 2.5 to 3 mAP on COCO, and the papers used v1.
+    """
+    if weights == "none":
+        return
+    try:
+        if weights in ("v1", "v2"):
+            choices = torchvision.models.get_model_weights(name)
+            if f"IMAGENET1K_{weights.upper()}" not in choices.__members__:
+                raise UserError(f"--weights {weights}: {name} has none; there are {', '.join(choices.__members__)}")
+            state = choices[f"IMAGENET1K_{weights.upper()}"].get_state_dict(progress=True, check_hash=True)
+        elif weights == "swsl":
+            if name != "resnext101_32x8d":
+                raise UserError("--weights swsl: published for --backbone resnext101_32x8d only")
+            state = torch.hub.load_state_dict_from_url(SWSL, map_location="cpu", check_hash=True)
+        else:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        net.load_state_dict(state)
+    except (OSError, RuntimeError, EOFError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[0][:300]
+        hint = (
+            "give the PATH of the file, or --weights none" if weights in ("v1", "v2", "swsl") else f"expected {name}'s"
+        )
+        raise UserError(f"--weights {weights}: not loaded ({reason}); {hint}") from None
+    except Exception as error:  # the unpickler raises a class of its own
+        raise UserError(f"--weights {weights}: no state dict of tensors ({type(error).__name__})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def load_checkpoint(path):
+    """A checkpoint of any of the four scripts as a dict of plain types and tensors on the CPU."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {"method": state["method"], "config": state["config"]} | state
+    except Exception as error:  # OSError, RuntimeError, EOFError, KeyError and the unpickler's own
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"{path}: not a checkpoint of these scripts ({type(error).__name__}: {reason})") from None
+
+
+def weights_of(state):
+    """The reported model's state dict: the moving average where there is one."""
+    return state["ema"] or state["model"]
+
+
+def init_from(model, weights, old_classes, classes):
+    """Copy what fits from another model's state dict; returns names (copied, copied by class, fresh).
+
+    Tensors of the same name and shape are copied. Those in `model.class_dims` (name -> dimensions indexed by class)
+    are copied row by row where the class has the same name, COCO's and VOC's spelling taken as one.
+    """
+    old = {data.COCO_NAME.get(name, name): i for i, name in enumerate(old_classes)}
+    pairs = [(i, old[n]) for i, n in enumerate(data.COCO_NAME.get(c, c) for c in classes) if n in old]
+    copied, by_class, fresh = [], [], []
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in own.items():
+            source, dims = weights.get(name), model.class_dims.get(name)
+            if source is not None and dims and pairs and source.dim() == tensor.dim():
+                new_rows, old_rows = (torch.tensor(rows) for rows in zip(*pairs, strict=True))
+                for dim in range(len(dims)):  # pick the old rows (and columns) of the shared classes
+                    source = source.index_select(dim, old_rows)
+                where = torch.meshgrid(*[new_rows] * len(dims), indexing="ij")
+                if source.shape[len(dims) :] == tensor.shape[len(dims) :]:
+                    tensor[where] = source.to(tensor)
+                    by_class.append(name)
+                    continue
+            elif source is not None and not dims and source.shape == tensor.shape:
+                tensor.copy_(source)
+                copied.append(name)
+                continue
+            fresh.append(name)
+    return copied, by_class, fresh
+
+
+def abridged(names):
+    """Tensor names by their first two parts: "backbone.to8 (90), graph.w0 (1)"."""
+    groups = {}
+    for name in names:
+        groups.setdefault(".".join(name.split(".")[:2]), []).append(name)
+    return ", ".join(f"{k} ({len(v)})" if len(v) > 1 else v[0] for k, v in groups.items()) or "nothing"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Run:
+    """One training or evaluation: its folder and log, its loaders, and everything that a checkpoint must hold.
+
+    Attributes for the scripts: classes, train_loader, test_loader, total_steps, out (Path), env, model.
+    """
+
+    def __init__(self, method, args, env, model, train, test):
+        self.method, self.args, self.env, self.classes = method, args, env, train.classes
+        self.out, self.epoch, self.step, self.best = Path(args.out), 0, 0, -1.0
+        self.model = model.to(env.device, memory_format=torch.channels_last)
+        size, seed, pin = args.image_size, args.seed, env.device.type == "cuda"
+        options = {"workers": args.workers, "rank": env.rank, "world": env.world, "pin_memory": pin}
+        images = data.Images(train, size, args.view, args.interpolation, train=True, seed=seed)
+        self.train_loader = data.Loader(images, args.batch_size, accumulate=args.accumulate, **options)
+        images = data.Images(test, size, interpolation=args.interpolation)
+        self.test_loader = data.Loader(images, args.batch_size, **options)
+        self.total_steps = len(self.train_loader) // args.accumulate * args.epochs
+        self.dtype, self.ema, self.bar = torch.float32, None, None
+        self.state = load_checkpoint(args.resume or args.checkpoint) if args.resume or args.checkpoint else None
+        if self.state:
+            path = args.resume or args.checkpoint
+            refuse_other(path, "class list", list(self.state["classes"]), list(self.classes))
+        self.open_folder(train, test)
+
+    # -- folder and log
+
+    def open_folder(self, train, test):
+        """Create the folder, or refuse one that is in use; say what this run is."""
+        args, log = self.args, self.out / "log.jsonl"
+        self.config = {k: v for k, v in vars(args).items() if k != "given"}
+        self.sizes = {"train": len(train), "test": len(test)}
+        if self.env.first:
+            used = (log.exists() and log.stat().st_size) or (self.out / "last.pt").exists()
+            if used and not args.resume:
+                raise UserError(f"--out {self.out} holds a run already; choose another folder, or --resume {self.out}")
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--out {self.out}: cannot be made ({error.strerror}); choose another") from None
+            self.open_log()
+            with write_atomically(self.out / "config.json", "w") as file:
+                json.dump(self.config, file, indent=1)
+        self.say(f"{args.command}\nrun folder: {self.out}")
+        shown = {k: v for k, v in self.config.items() if k not in ("command", "out", "method") and v is not None}
+        self.say(textwrap.fill(" ".join(f"{k}={v}" for k, v in shown.items()), 118, break_on_hyphens=False))
+        if args.recipe != args.data:
+            self.say(f"no recipe for {args.data}: using {args.recipe}'s")
+        if "resume" in args.given and not args.resume:
+            self.say("--resume auto: no checkpoint there, starting afresh")
+        self.say(
+            f"protocol: {args.data}, {len(train):,} training, {len(test):,} test images, {len(self.classes)} classes; "
+            f"{args.backbone} weights {args.weights}, ImageNet normalisation; difficult objects {args.difficult_train} "
+            f"in training, {args.difficult_test} in the test; AP by points and by area"
+        )
+
+    def open_log(self):
+        """Open log.jsonl to append, and hold it: the system lets go when this process ends, however it ends."""
+        try:
+            self.log_file = open(self.out / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        except OSError as error:
+            raise UserError(f"--out {self.out}: cannot be written ({error.strerror}); choose another") from None
+        if fcntl:
+            try:
+                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"--out {self.out}: another process is writing there") from None
+
+    def write_header(self):
+        """The log's first record: all that is needed to run this again."""
+        versions = {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        }
+        self.write(
+            {"command": self.args.command, "config": self.config, "git": git_revision(), "versions": versions}
+            | {"device": device_name(self.env.device), "processes": self.env.world, "precision": self.precision}
+            | {"images": self.sizes, "classes": len(self.classes)}
+        )
+
+    def write(self, record):
+        """Append one record to log.jsonl."""
+        if self.env.first:
+            self.log_file.write(json.dumps(metrics.plain(record)) + "\n")
+            self.log_file.flush()
+
+    def say(self, text):
+        """Print from the first process, above the progress bar."""
+        if self.env.first:
+            tqdm.write(text)
+
+    # -- preparation
+
+    def prepare(self, optimizer, schedule):
+        """Give the run its optimizer and schedule (stepped once an optimizer step); returns the network to train:
+        the model, or its DDP wrapper. Applies --init-from, --resume, --amp, --ema-decay, --sync-bn."""
+        args, env = self.args, self.env
+        self.optimizer, self.schedule = optimizer, schedule
+        if args.init_from and not self.state:
+            path = Path(args.init_from)
+            state = load_checkpoint(path / "last.pt" if path.is_dir() else path)
+            lists = init_from(self.model, weights_of(state), state["classes"], self.classes)
+            for what, names in zip(("copied", "copied by class name", "fresh"), lists, strict=True):
+                self.say(f"--init-from {args.init_from}: {what}: {abridged(names)}")
+        if self.state:
+            self.model.load_state_dict(self.state["model"])
+        self.choose_precision()
+        # fp16's gradients underflow without a scale; bf16 has float32's range
+        self.scaler = torch.amp.GradScaler(env.device.type, enabled=self.dtype == torch.float16)
+        if args.ema_decay:
+            # On a short run the average must forget its random start: horizon at most a fifth of the steps.
+            horizon = min(1 / (1 - args.ema_decay), max(self.total_steps / 5, 1))
+            average = get_ema_multi_avg_fn(1 - 1 / horizon)
+            self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+            self.say(f"EMA horizon: {horizon:.0f} of {self.total_steps} steps")
+        if self.state:
+            self.restore()
+        elif env.first:
+            self.write_header()
+            self.save("last.pt")  # so that there is something to resume from the first step on
+        self.say(
+            f"{self.total_steps} steps in {args.epochs} epochs, {str(self.dtype)[6:]} on {device_name(env.device)}"
+        )
+        net = self.model
+        if args.sync_bn:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        if env.world > 1:
+            net = nn.parallel.DistributedDataParallel(net, [env.device.index] if env.device.type == "cuda" else None)
+        self.net = net
+        return net
+
+    def restore(self):
+        """Continue the checkpoint: all state, and the log cut back to the epochs that it holds."""
+        state = self.state
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.best = state["epoch"], state["best"]
+        if self.total_steps == state["total_steps"]:
+            self.step = state["step"]
+            self.schedule.load_state_dict(state["schedule"])
+        else:  # another batch size: the same epoch, in steps of this run
+            self.step = self.epoch * (self.total_steps // self.args.epochs)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # "step() before optimizer.step()"
+                for _ in range(self.step):
+                    self.schedule.step()
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema.load_state_dict(
+                {f"module.{k}": v for k, v in state["ema"].items()} | {"n_averaged": torch.tensor(1)}
+            )
+        if self.env.first:
+            path, kept = self.out / "log.jsonl", []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # a line cut off by a kill
+                    if json.loads(line).get("epoch", 0) <= self.epoch:
+                        kept.append(line)
+            with write_atomically(path, "w") as file:
+                file.write("".join(f"{line}\n" for line in kept))
+            self.log_file.close()
+            self.open_log()
+            self.write({"resumed_after_epoch": self.epoch, "command": self.args.command, "git": git_revision()})
+        self.say(f"resumed {self.args.resume} after epoch {self.epoch}")
+
+    def choose_precision(self):
+        """--amp -> self.dtype. "auto": bf16 on GPUs that have it, fp16 on others; on a CPU one batch is tried in both
+        precisions, on a copy of the model, and the faster wins; a resumed run keeps its choice."""
+        if self.args.amp != "auto":
+            self.dtype = DTYPES[self.args.amp]
+        elif self.state:
+            self.dtype = DTYPES[self.state["precision"]]
+        elif self.env.device.type == "cuda":
+            self.dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        else:
+            images = torch.randn(min(16, self.args.batch_size), 3, self.args.image_size, self.args.image_size)
+            seconds = {}
+            with torch.random.fork_rng(devices=[]):
+                for dtype in (torch.float32, torch.bfloat16):
+                    trial, self.dtype = copy.deepcopy(self.model).train(), dtype
+                    for _ in range(2):  # the first one warms up
+                        began = time.perf_counter()
+                        with self.autocast():
+                            out = trial(images.contiguous(memory_format=torch.channels_last))
+                        out = out if isinstance(out, tuple) else (out,)
+                        sum(o.float().sum() for o in out if o is not None).backward()
+                        seconds[dtype] = time.perf_counter() - began
+            self.dtype = agree(min(seconds, key=seconds.get))
+            self.say(f"--amp auto: {', '.join(f'{str(k)[6:]} {v:.2f} s a batch' for k, v in seconds.items())}")
+
+    @property
+    def precision(self):
+        """The name of the precision in use, as --amp has it."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
+    def autocast(self):
+        return torch.autocast(self.env.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    # -- training
+
+    def epochs(self):
+        """Epoch numbers that are left, from 0."""
+        left = (self.args.epochs - self.epoch) * len(self.train_loader)
+        with tqdm(total=left, disable=not self.env.first, mininterval=0.5 if sys.stderr.isatty() else 20) as self.bar:
+            yield from range(self.epoch, self.args.epochs)
+
+    def batches(self, epoch):
+        """(images (B, 3, S, S) normalised, labels (B, C) ternary) on the device, for one epoch of this process.
+
+        Everything random is reseeded from (seed, epoch, rank), so a resumed run needs no random state.
+        """
+        torch.manual_seed(data.mixed_seed(self.args.seed, epoch, self.env.rank))
+        self.model.train()
+        self.sums, self.parts, self.began = {}, 0, time.perf_counter()
+        self.bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}")
+        for batch in self.train_loader.epoch(epoch):
+            self.parts += 1
+            last = self.parts % self.args.accumulate == 0  # gradients are exchanged with the last part only
+            with contextlib.nullcontext() if last or self.env.world == 1 else self.net.no_sync():
+                images, labels = (t.to(self.env.device, non_blocking=True) for t in batch[:2])
+                yield data.normalise(images), labels
+            self.bar.update()
+
+    def update(self, loss, **terms):
+        """Backward of the mean over a step's parts and, after the last part, the optimizer step. `terms` are logged."""
+        for name, value in {"loss": loss, **terms}.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+        if self.env.device.type == "cpu" or self.parts % 20 == 0:  # looking costs a GPU a pause
+            self.check_finite()
+        self.scaler.scale(loss / self.args.accumulate).backward()
+        if self.parts % self.args.accumulate == 0:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.schedule.step()
+            self.step += 1
+            if self.ema:
+                self.ema.update_parameters(self.model)
+
+    def check_finite(self):
+        """Stop, naming the terms, when a loss of this epoch was not finite."""
+        means = {k: float(v) / self.parts for k, v in self.sums.items()}
+        self.bar.set_postfix_str(f"loss {means['loss']:.4f}", refresh=False)
+        if not all(map(math.isfinite, means.values())):
+            terms = ", ".join(f"{k} {v:.4g}" for k, v in means.items())
+            raise UserError(
+                f"the loss is not finite in step {self.step + 1} (means of this epoch: {terms}). {self.out}/last.pt "
+                "holds the last good epoch. Try a lower --lr or --amp off."
+            )
+
+    def finish_epoch(self, epoch):
+        """Test when due, write log, scores and checkpoints. Returns the epoch's record."""
+        self.check_finite()
+        seconds = time.perf_counter() - self.began
+        names = sorted(self.sums)
+        means = torch.stack([torch.as_tensor(self.sums[k]) for k in names]) / self.parts
+        if self.env.world > 1:
+            dist.all_reduce(means)
+            means /= self.env.world
+        seen = self.parts * self.args.batch_size / self.args.accumulate
+        record = {"epoch": epoch + 1, "step": self.step} | dict(zip(names, means.tolist(), strict=True))
+        record |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": seconds, "images_per_second": seen / seconds}
+        record["peak_memory_mb"] = peak_memory(self.env.device)
+        line, better = f"epoch {epoch + 1}: loss {record['loss']:.4f}", False
+        if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs:
+            began = time.perf_counter()
+            record |= self.test()
+            if self.ema:
+                record |= {f"raw_{k}": v for k, v in self.test(self.model).items()}
+            record["test_seconds"] = time.perf_counter() - began
+            better = record["map_points"] > self.best
+            self.best = max(self.best, record["map_points"])
+            record["best_on_test_map_points"] = self.best
+            line += f", mAP {record['map_points']:.2f} (area {record['map_area']:.2f}), OF1 {record['OF1']:.2f}"
+        self.say(f"{line}, {seconds:.0f} s, {record['images_per_second']:.0f} images/s")
+        self.epoch = epoch + 1
+        if self.env.first:
+            self.write(record)
+            self.save("last.pt")
+            if better:
+                self.save("best.pt")
+        return record
+
+    def save(self, name):
+        """Write a checkpoint: a temporary file, then a rename."""
+        state = {
+            "method": self.method,
+            "config": self.config,
+            "classes": list(self.classes),
+            "normalisation": {"mean": list(data.MEAN), "std": list(data.STD)},
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best,
+            "total_steps": self.total_steps,
+            "precision": self.precision,
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        with write_atomically(self.out / name) as file:
+            torch.save(state, file)
+
+    # -- testing
+
+    @property
+    def reported(self):
+        """The model whose numbers count: the moving average where there is one."""
+        return self.ema.module if self.ema else self.model
+
+    def test(self, model=None):
+        """Metrics in percent of `model` on the test split; the reported model's scores are written to the folder."""
+        table = self.test_loader.images.table
+        scores = metrics.predict(model or self.reported, self.test_loader, self.env.device, self.autocast())
+        labels = metrics.apply_difficult(table.labels, self.args.difficult_test)
+        if model is None and self.env.first:
+            metrics.save_scores(self.out / "scores.npz", scores, table, self.args.difficult_test, self.args.threshold)
+            metrics.save_per_class(self.out / "per_class.csv", scores, labels, table.classes)
+        return metrics.summary(scores, labels, self.args.threshold)
+
+    def evaluate(self):
+        """--evaluate --checkpoint: the stored model's metrics, in a folder of their own."""
+        self.model.load_state_dict(weights_of(self.state))
+        self.choose_precision()
+        self.write_header()
+        record = {"checkpoint": str(self.args.checkpoint), "epoch": self.state["epoch"]} | self.test()
+        self.write(record)
+        self.report(record)
+        return record
+
+    def report(self, record):
+        """Print the closing table and what lies in the run folder."""
+        names = [k for k in record if k.startswith(("map_", "top3_", *metrics.F1_NAMES))]
+        rows = [("all", [record[k] for k in names if not k.startswith("top3_")])]
+        rows.append(("top 3", [math.nan] * 2 + [record[f"top3_{k}"] for k in metrics.F1_NAMES]))
+        columns = [k.replace("map_", "mAP ") for k in names if not k.startswith("top3_")]
+        self.say("\n" + metrics.table_text(rows, columns, "percent"))
+        if record["classes_left_out"]:
+            self.say(f"mAP over {record['classes']} classes; {record['classes_left_out']} have no positive image")
+        if self.env.first:
+            self.say(f"in {self.out}: {', '.join(sorted(p.name for p in self.out.iterdir()))}")
+
+
+def git_revision():
+    """{"revision", "dirty"} of the checkout that this file lies in; None outside one."""
+    here, text = Path(__file__).resolve().parent, {"capture_output": True, "text": True, "check": True}
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, **text).stdout.strip()
+        changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, **text).stdout
+        return {"revision": revision, "dirty": bool(changes.strip())}
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device):
+    """Peak memory of this process so far in MiB: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 2**10 if sys.platform != "darwin" else kib / 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+HEAT = torch.tensor([[48, 18, 59], [33, 144, 200], [60, 200, 130], [240, 220, 60], [220, 50, 20]], dtype=torch.float)
+
+
+def heat_overlay(image, heat, strength=0.55):
+    """RGB PIL image with a map (h, w) in [0, 1] blended over it, low blue to high red."""
+    at = heat.detach().float().cpu().clamp(0, 1) * (len(HEAT) - 1)
+    low = at.floor().clamp(max=len(HEAT) - 2).long()
+    colours = torch.lerp(HEAT[low], HEAT[low + 1], (at - low).unsqueeze(-1)).byte().numpy()
+    return Image.blend(image, Image.fromarray(colours).resize(image.size, Image.BICUBIC), strength)
+
+
+def write_text(picture, xy, text, size=15, colour="black"):
+    """Draw text with the font that comes with Pillow, at most as wide as the space to the right edge."""
+    ImageDraw.Draw(picture).text(xy, text, fill=colour, font=ImageFont.load_default(size))
+
+
+def draw_curves(log, path):
+    """Learning curves from log.jsonl: loss terms on the left, mAP and OF1 on the right; 1,000 pixels wide."""
+    records = [r for r in map(json.loads, Path(log).read_text(encoding="utf-8").splitlines()) if "loss" in r]
+    losses = [k for k in records[0] if k == "loss" or k.startswith("L_")]
+    picture = Image.new("RGB", (1000, 360), "white")
+    draw_chart(picture, (70, 40, 470, 310), records, losses, "loss")
+    draw_chart(picture, (570, 40, 970, 310), records, ["map_points", "map_area", "OF1", "raw_map_points"], "percent")
+    picture.save(path)
+
+
+def draw_chart(picture, box, records, names, title):
+    """Lines of the named values over the epoch inside box (left, top, right, bottom)."""
+    left, top, right, bottom = box
+    draw, colours = ImageDraw.Draw(picture), ("black", (200, 60, 40), (40, 90, 200), (30, 140, 60))
+    points = {n: [(r["epoch"], r[n]) for r in records if r.get(n) is not None] for n in names}
+    points = {n: p for n, p in points.items() if p}
+    values = [v for p in points.values() for _, v in p] or [0.0]
+    low, high = min(values), max(values)
+    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+    epochs = max(r["epoch"] for r in records)
+    draw.rectangle(box, outline="grey")
+    for i in range(5):
+        y = bottom - i * (bottom - top) / 4
+        draw.line((left, y, right, y), fill=(225, 225, 225))
+        write_text(picture, (left - 58, y - 9), f"{low + i * (high - low) / 4:.3g}", 14)
+    write_text(picture, (left, bottom + 8), f"{title} by epoch, 1 to {epochs}", 14)
+    for k, (name, line) in enumerate(points.items()):
+        xy = [
+            (left + (e - 1) / max(epochs - 1, 1) * (right - left), bottom - (v - low) / (high - low) * (bottom - top))
+            for e, v in line
+        ]
+        draw.line(xy, fill=colours[k % 4], width=2)
+        for x, y in xy:
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colours[k % 4])
+        write_text(picture, (left + 105 * k, top - 24), name, 14, colours[k % 4])

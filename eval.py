@@ -1,0 +1,311 @@
+"""Multi-label metrics, as functions of logits and ternary labels, and the command line that compares score files.
+
+    python eval.py score runs/a/scores.npz runs/b/scores.npz --per-class --min-positives 9
+
+Two definitions of average precision are in use, and two of CF1; every table here prints both.
+  points   mean of the precision at each positive (ML-GCN, ASL, CSRA, scikit-learn)
+  area     the same after the monotone envelope (VOC2010 and later, SSGRL, Query2Label, SADCL)
+  11point  VOC2007: mean of the best precision at recall >= 0, 0.1, ..., 1
+  CF1      harmonic mean of CP and CR (ML-GCN and most); CF1_macro: mean of the classes' own F1 (SSGRL, ASL, SADCL)
+On the same predictions they may differ by points, so name the one you quote.
+
+Shapes: scores (N, C) logits, labels (N, C) in {1 present, 0 absent, -1 ignore}. A cell of -1 counts neither as
+predicted nor as true. Scores are ranked as float32, ties by the order of the rows: bf16 probabilities tie often.
+"""
+
+import argparse
+import csv
+import json
+import math
+import sys
+import zipfile
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from data import UserError, normalise, targets, write_atomically
+
+KINDS = ("points", "area", "11point")
+F1_NAMES = ("CP", "CR", "CF1", "CF1_macro", "OP", "OR", "OF1")
+
+
+def precision_at_positives(scores, positive):
+    """Precision at the rank of each positive of one class, best ranked first: scores (N,), positive (N,) bool.
+
+    Only the positives need their rank, so one value sort and a binary search replace the argsort of everything.
+    """
+    ranked, found = np.sort(scores), np.sort(scores[positive])[::-1]
+    first, last = np.searchsorted(ranked, found, "left"), np.searchsorted(ranked, found, "right")
+    if (last - first > 1).any():  # a positive ties with something: rows decide, which needs the stable order
+        hits = positive[np.argsort(-scores, kind="stable")]
+        rank = np.flatnonzero(hits) + 1
+    else:
+        rank = len(scores) - first
+    return np.arange(1, len(found) + 1) / rank
+
+
+def average_precision(scores, labels, kind="points"):
+    """AP per class in [0, 1], float64 (C,); NaN for a class without positives. kind: "points", "area" or "11point".
+
+    ValueError for another kind, other shapes than two equal ones of rank 2, or scores that are not finite.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r}: expected one of {', '.join(KINDS)}")
+    scores, labels = check(scores, labels)
+    result = np.full(scores.shape[1], np.nan)
+    for c, (score, label) in enumerate(zip(scores.T.copy(), labels.T.copy(), strict=True)):
+        seen = label >= 0
+        if not seen.all():
+            score, label = score[seen], label[seen]
+        precision = precision_at_positives(score, label == 1)
+        if not len(precision):
+            continue
+        if kind != "points":  # envelope: the best precision at this recall or a higher one
+            precision = np.maximum.accumulate(precision[::-1])[::-1]
+        if kind == "11point":
+            recall = np.arange(1, len(precision) + 1) / len(precision)
+            precision = precision[np.searchsorted(recall, np.arange(0, 1.1, 0.1).clip(max=1))]
+        result[c] = precision.mean()
+    return result
+
+
+def precision_recall_f1(scores, labels, threshold=0.5, top=None):
+    """CP CR CF1 CF1_macro OP OR OF1 in [0, 1] (SRDL Eqs. 14-16) of the predictions score >= logit(threshold).
+
+    top=3: a prediction must also be among the image's three highest scores of all classes. Per-class means leave out
+    classes without positives; a class that is never predicted has precision 0.
+    """
+    scores, labels = check(scores, labels)
+    threshold = np.float32(-np.inf if threshold <= 0 else np.inf if threshold >= 1 else -np.log(1 / threshold - 1))
+    predicted = scores >= threshold
+    if top is not None and top < scores.shape[1]:
+        rest, among = scores.copy(), np.zeros_like(predicted)
+        rows = np.arange(len(scores))
+        for _ in range(top):  # argmax takes the first of equal scores
+            best = rest.argmax(1)
+            among[rows, best], rest[rows, best] = True, -np.inf
+        predicted &= among
+    true = labels == 1
+    hits = (predicted & true).sum(0)  # N^c, N^p, N^g of Eqs. 14 and 15
+    guesses, truths = (predicted & (labels >= 0)).sum(0), true.sum(0)
+    if not truths.any():
+        return dict.fromkeys(F1_NAMES, math.nan)
+    precision, recall = hits / guesses.clip(1), hits / truths.clip(1)
+    known = truths > 0
+    cp, cr = precision[known].mean(), recall[known].mean()
+    op, recall_all = hits.sum() / max(guesses.sum(), 1), hits.sum() / truths.sum()
+    macro = harmonic(precision[known], recall[known]).mean()
+    values = (cp, cr, harmonic(cp, cr), macro, op, recall_all, harmonic(op, recall_all))
+    return {name: float(value) for name, value in zip(F1_NAMES, values, strict=True)}
+
+
+def harmonic(a, b):
+    """2ab / (a + b), and 0 where both are 0."""
+    return 2 * a * b / np.maximum(a + b, 1e-300)
+
+
+def check(scores, labels):
+    """Both as NumPy arrays (float32, int8) of one shape (N, C); ValueError otherwise."""
+    scores, labels = np.asarray(scores, np.float32), np.asarray(labels)
+    if scores.ndim != 2 or scores.shape != labels.shape:
+        raise ValueError(f"scores {scores.shape} and labels {labels.shape}: expected two equal shapes (N, C)")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{int((~np.isfinite(scores)).sum())} scores are not finite")
+    return scores, labels
+
+
+def apply_difficult(labels, policy):
+    """Ternary labels under the policy: "ignore" keeps -1, "negative" makes it 0, "positive" 1."""
+    return labels if policy == "ignore" else np.asarray(targets(labels, policy), np.int8)
+
+
+def summary(scores, labels, threshold=0.5, min_positives=1, eleven_point=False):
+    """Every number of a table, in percent: map_points map_area CP ... OF1 top3_CP ... top3_OF1, and counts.
+
+    The means over AP take the classes with at least `min_positives` positives.
+    """
+    counted = (np.asarray(labels) == 1).sum(0) >= max(min_positives, 1)
+    row = {}
+    for kind in KINDS[: 3 if eleven_point else 2]:
+        aps = average_precision(scores, labels, kind)[counted]
+        row[f"map_{kind}"] = 100 * float(aps.mean()) if len(aps) else math.nan
+    for prefix, top in (("", None), ("top3_", 3)):
+        values = precision_recall_f1(scores, labels, threshold, top)
+        row |= {prefix + name: 100 * value for name, value in values.items()}
+    return row | {"classes": int(counted.sum()), "classes_left_out": int((~counted).sum()), "images": len(scores)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring a model
+
+
+@torch.inference_mode()
+def predict(model, loader, device, autocast):
+    """Logits (N, C) float32 of every image of `loader` (a test data.Loader), rows in the table's order.
+
+    `model(images)` gives logits (B, C); it is in eval mode meanwhile. With several processes each scores whole batches
+    of the one-process order and the sum over processes, of which all but one are zero in any row, restores the table.
+    """
+    table, was_training = loader.images.table, model.training
+    model.eval()
+    scores = torch.zeros(len(table), len(table.classes), device=device)
+    for batch in loader.epoch():
+        with autocast:
+            logits = model(normalise(batch.images.to(device, non_blocking=True)))
+        scores[batch.index.to(device)] = logits.float()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(scores)
+    model.train(was_training)
+    return scores.cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Score files
+
+
+def save_scores(path, scores, table, difficult, threshold=0.5):
+    """scores.npz: scores, labels (ternary), images, classes, and the difficult policy and threshold of the run."""
+    with write_atomically(path) as file:
+        np.savez_compressed(
+            file,
+            scores=np.asarray(scores, np.float32),
+            labels=table.labels,
+            images=np.array(table.names),
+            classes=np.array(table.classes),
+            difficult=np.array(difficult),
+            threshold=np.array(threshold),
+        )
+
+
+def load_scores(path):
+    """scores.npz -> dict of its arrays; UserError where the file is missing or no score file."""
+    try:
+        with np.load(path) as file:
+            content = {name: file[name] for name in ("scores", "labels", "images", "classes")}
+            content |= {name: file[name].item() for name in ("difficult", "threshold") if name in file}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{path}: not a score file ({error}); expected the scores.npz of a run") from None
+    return {"difficult": "ignore", "threshold": 0.5} | content
+
+
+def per_class(scores, labels, classes):
+    """Rows (class, positives, AP points, AP area) with AP in percent."""
+    points, area = (100 * average_precision(scores, labels, kind) for kind in ("points", "area"))
+    positives = (np.asarray(labels) == 1).sum(0)
+    return [(str(c), int(n), float(p), float(a)) for c, n, p, a in zip(classes, positives, points, area, strict=True)]
+
+
+def save_per_class(path, scores, labels, classes):
+    """per_class.csv: class, positives, ap_points, ap_area in percent, empty where there is no positive."""
+    with write_atomically(path, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("class", "positives", "ap_points", "ap_area"))
+        for name, positives, *aps in per_class(scores, labels, classes):
+            writer.writerow((name, positives, *("" if math.isnan(ap) else f"{ap:.4f}" for ap in aps)))
+
+
+def table_text(rows, columns, first="", digits=2):
+    """Rows (name, values) under `columns` as aligned text; NaN prints as a dash."""
+    texts = [[first, *columns]] + [[name, *(cell_text(v, digits) for v in values)] for name, values in rows]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(texts[0]))]
+    return "\n".join(
+        "  ".join(t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(row, widths, strict=True)))
+        for row in texts
+    )
+
+
+def cell_text(value, digits):
+    if isinstance(value, str | int):
+        return str(value)
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def short_names(paths):
+    """The part of each path that tells it from the others."""
+    parts = [str(path).split("/") for path in paths]
+    while len(parts) > 1 and all(len(p) > 1 and p[-1] == parts[0][-1] for p in parts):
+        parts = [p[:-1] for p in parts]
+    return [p[-1] for p in parts]
+
+
+def score(args):
+    """`eval.py score`: one column per file, mean and deviation over three or more, difference between two."""
+    results, rows, names = [], [], short_names(args.files)
+    for path in args.files:
+        content = load_scores(path)
+        policy = args.difficult or content["difficult"]
+        labels = apply_difficult(content["labels"], policy)
+        threshold = args.threshold if args.threshold is not None else content["threshold"]
+        try:
+            numbers = summary(content["scores"], labels, threshold, args.min_positives, args.eleven_point)
+            classes = per_class(content["scores"], labels, content["classes"])
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+        results.append({"file": str(path), "difficult": policy, "threshold": threshold} | numbers)
+        rows.append({c[0]: c[1:] for c in classes if c[1] >= args.min_positives})
+    if args.json:
+        if args.per_class:
+            for result, table in zip(results, rows, strict=True):
+                result["per_class"] = {
+                    name: {"positives": n, "ap_points": points, "ap_area": area}
+                    for name, (n, points, area) in table.items()
+                }
+        print(json.dumps(plain(results), indent=1))
+        return
+    print(f"percent; difficult: {', '.join(r['difficult'] for r in results)}; means over AP take ", end="")
+    print(", ".join(f"{r['classes']} classes ({r['classes_left_out']} left out)" for r in results))
+    keys = [key for key in results[0] if key.startswith(("map_", *F1_NAMES, "top3_"))]
+    print(table_text(*with_statistics(names, [(k, [r[k] for r in results]) for k in keys])))
+    if args.per_class:
+        shared = [name for name in rows[0] if all(name in other for other in rows)]
+        print("\nAP per class (points)")
+        lines, columns = with_statistics(names, [(name, [row[name][1] for row in rows]) for name in shared])
+        print(table_text([(name, [rows[0][name][0], *v]) for name, v in lines], ["positives", *columns]))
+
+
+def with_statistics(columns, lines):
+    """(lines, columns) with the difference of two columns, or mean and standard deviation of three or more."""
+    if len(columns) == 2:
+        return [(n, [*v, f"{v[1] - v[0]:+.2f}"]) for n, v in lines], [*columns, "difference"]
+    if len(columns) > 2:
+        return [(n, [*v, float(np.mean(v)), float(np.std(v, ddof=1))]) for n, v in lines], [*columns, "mean", "std"]
+    return lines, columns
+
+
+def plain(value):
+    """NaN -> None, recursively: JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Metrics of score files.", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("score", help="metrics of one or more scores.npz, side by side", allow_abbrev=False)
+    command.set_defaults(run=score)
+    command.add_argument("files", nargs="+", metavar="FILE.npz", help="scores.npz of a run")
+    command.add_argument("--per-class", action="store_true", help="also the AP of every class, and its difference")
+    command.add_argument(
+        "--min-positives", type=int, default=1, metavar="N", help="AP means over classes with at least N (default: 1)"
+    )
+    command.add_argument(
+        "--difficult", choices=("ignore", "negative", "positive"), help="what -1 counts as (default: as in the run)"
+    )
+    command.add_argument("--threshold", type=float, help="probability from which a class is predicted (default: run's)")
+    command.add_argument("--eleven-point", action="store_true", help="also VOC2007's 11-point AP")
+    command.add_argument("--json", action="store_true", help="print JSON; a value without positives is null")
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except UserError as error:
+        sys.exit(f"eval.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

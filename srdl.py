@@ -1,0 +1,528 @@
+"""SRDL: Semantic Representation and Dependency Learning for Multi-Label Image Recognition.
+
+T. Pu, M. Sun, H. Wu, T. Chen, L. Tian, L. Lin. Neurocomputing 2023, arXiv 2204.03795.
+
+Every class gets its own view of the feature map: a small graph network over word vectors makes one embedding per class,
+which steers a channel attention and a spatial attention (CAR); the maximum of the attended map is the class's feature.
+In training the most attended rectangle of the most confident classes is erased and the image is classified once more
+(OE), so that each class must also be found from its context. Erasing costs nothing at inference.
+
+    python srdl.py                                                          toy data, minutes on two CPU cores
+    python srdl.py --data voc2007 --gpus 0,1                                the paper's recipe, on two GPUs
+    python srdl.py --evaluate --checkpoint runs/srdl/toy/<time>/last.pt     test a trained model
+
+Letters: B images, C classes, D channels, H W map size, P = H*W positions, K erased classes.
+
+| paper | here |
+|---|---|
+| Eq. 1, feature map | common.Backbone, its F32 |
+| Eq. 3, graph | ClassGraph |
+| Eq. 4, 5, channel and spatial attention | CAR.attend, tanh_score |
+| Eq. 6 and its global max pooling | class_features |
+| Eq. 2, classifier | ClassLinear |
+| Eq. 7 to 10, object erasing | longest_peak_run, erased_rectangle, erased_logits |
+| Eq. 11 to 13, loss | main: L_ori + L_era |
+| Table 6, rows SD and SAM | SD, SAM |
+
+Differences from the paper. D: it prints something else; "unstated": it is silent, and this is what we chose.
+D1  Eqs. 11, 12 lack the minus sign and sum over classes; we take the mean binary cross-entropy. The scale matters,
+    because Adam's weight decay is L2.
+D2  f_s is printed as 2048 -> 2048; an attention per position needs one number: 2048 -> 1.
+D3  A is called the adjacency and V the nodes in Fig. 3, the reverse in the text: here `adjacency` and `nodes`.
+D4  "randomly initialised" adjacency: U(0, 1) makes all class embeddings equal (cosine 1.000), so nothing could be
+    class-specific. Here V = I + U(-1/C, 1/C), and Vhat = D^-1/2 V D^-1/2 with D the row sums of |V|.
+unstated: two graph layers; LeakyReLU slope 0.2; no bias in f_ca, f_sa, f_w, biases in f_c, f_s; f_w shared by Eqs. 4
+    and 5; features stay at 14x14 (FEATURE_POOL); layer4 and the head are trained, the rest is frozen with its BatchNorm
+    in eval mode (--train-backbone), as in the group's other code; difficult objects of VOC are negatives; ImageNet V1
+    weights; a flat marginal erases nothing; ties between equally wide runs go to the first.
+Training crops are resized once, from source pixels, where the paper resizes twice: interpolation detail only.
+The toy recipe (toy data, ResNet-18 from scratch, one-cycle learning rate) is ours.
+"""
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.nn import functional as nnf
+
+import common
+import data
+from common import UserError
+
+PAPER = {
+    "backbone": "resnet101",  # Sec. 4.2, from here on
+    "weights": "v1",  # unstated
+    "image_size": 448,
+    "batch_size": 16,
+    "epochs": 20,
+    "lr": 1e-5,
+    "weight_decay": 5e-4,
+    "schedule": "step",  # x 0.1 every 10 of 20 epochs
+    "view": "square-crop",  # 512, crop a side of {512, 448, 384, 320, 256}, resize to 448
+    "interpolation": "bicubic",  # unstated
+    "top_k": 3,  # Fig. 6
+    "alpha": 0.5,  # Fig. 6
+    "glove": "6B",
+    "train_backbone": "layer4",  # unstated
+    "difficult_train": "negative",  # unstated
+    "difficult_test": "negative",  # unstated
+    "last_stride": 2,
+}
+RECIPE = {
+    "coco": PAPER,
+    "voc2007": PAPER,
+    # ResNet-18 from scratch with 6x6 cells
+    "toy": PAPER
+    | {"backbone": "resnet18", "weights": "none", "image_size": 96, "batch_size": 32, "epochs": 2, "lr": 2e-3}
+    | {"schedule": "one-cycle", "view": "resize", "glove": "hash", "train_backbone": "all", "last_stride": 1},
+}
+BETAS = (0.9, 0.999)  # Sec. 4.2
+FEATURE_POOL = 1  # unstated: 2 would average layer4's 14x14 map to 7x7, as other code of the group does
+WORD_WIDTH = 300  # d' of Eq. 3
+SD_WIDTH = 1024  # SSGRL's and ADD-GCN's intermediate width (rows SD and SAM of Table 6)
+HELD = 2**21  # numbers of a (B, c, P, D) product held at once; changes memory and speed, not values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 3: class embeddings from a graph over word vectors
+
+
+class ClassGraph(nn.Module):
+    """Word vectors (C, 300) -> class embeddings x (C, 300) by A^{l+1} = LeakyReLU(Vhat A^l W^l), two layers (Eq. 3)."""
+
+    def __init__(self, classes, width=WORD_WIDTH, layers=2):
+        super().__init__()
+        noise = torch.empty(classes, classes).uniform_(-1 / classes, 1 / classes)
+        self.adjacency = nn.Parameter(torch.eye(classes) + noise)  # D4
+        bound = width**-0.5
+        self.weights = nn.ParameterList(torch.empty(width, width).uniform_(-bound, bound) for _ in range(layers))
+
+    def forward(self, nodes):
+        degree = self.adjacency.abs().sum(1).rsqrt()  # (C,)
+        v_hat = degree[:, None] * self.adjacency * degree[None, :]  # (C, C)
+        for weight in self.weights:
+            nodes = nnf.leaky_relu(v_hat @ nodes @ weight, 0.2)  # (C, 300)
+        return nodes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eqs. 5 and 6 have one number per image, class, position and channel: (B, C, P, D), 1.9 GiB per temporary on COCO. Only
+# sums over D and maxima over P are kept of it, so it is computed for a few classes at a time and never stored.
+
+
+def class_chunks(b, p, d, *tensors):
+    """Split each tensor's class dimension (the one before the last) so that at most HELD numbers (B, c, P, D) exist."""
+    chunk = max(1, HELD // (b * p * d))
+    return zip(*(t.split(chunk, -2) for t in tensors), strict=True)
+
+
+class TanhScore(torch.autograd.Function):
+    """score[b, c, p] = sum_d v_d tanh(u[b, p, d] w[c, d]), recomputed in the backward pass; see tanh_score."""
+
+    @staticmethod
+    def forward(ctx, u, w, v):
+        ctx.save_for_backward(u, w, v)
+        return torch.cat([(u[:, None] * w_c[:, None]).tanh_() @ v for (w_c,) in class_chunks(*u.shape, w)], 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        u, w, v = ctx.saved_tensors
+        du, dw, dv = torch.zeros_like(u), torch.zeros_like(w), torch.zeros_like(v)
+        for c, w_c in enumerate(w):
+            t = (u * w_c).tanh_()  # (B, P, D)
+            dv += grad[:, c].flatten() @ t.flatten(0, 1)
+            slope = t.square_().neg_().add_(1).mul_(grad[:, c, :, None])  # (1 - tanh^2) dL/dscore; v follows below
+            du.addcmul_(slope, w_c)
+            dw[c] = slope.mul_(u).sum((0, 1))
+        return du * v, dw * v, dv
+
+
+def tanh_score(u, w, v):
+    """u (B, P, D), w (C, D), v (D,) -> sum_d v_d tanh(u_pd w_cd) (B, C, P), without holding (B, C, P, D)."""
+    with torch.autocast(u.device.type, enabled=False):
+        return TanhScore.apply(u, w, v)
+
+
+def class_features(f, sa, ca):
+    """F (B, P, D), SA (B, C, P), CA (B, C, D) -> max_p F_p (SA_cp + CA_c) (B, C, D): Eq. 6 and GMP, but for the 0.5.
+
+    SA depends on the position and CA on the channel, so the maximum does not factor; but its place needs no gradient.
+    It is found first, and F and SA are then read there with gradient. Ties go to the first position (as `.max(dim)`;
+    `.amax` would split the gradient); give float32, bf16 ties often.
+    """
+    with torch.no_grad():
+        maps = (f[:, None] * (sa_c[..., None] + ca_c[:, :, None]) for sa_c, ca_c in class_chunks(*f.shape, sa, ca))
+        if not (f.requires_grad or sa.requires_grad or ca.requires_grad):
+            return torch.cat([m.amax(2) for m in maps], 1)
+        at = torch.cat([m.max(2).indices for m in maps], 1)  # (B, C, D)
+    return f.gather(1, at) * (sa.gather(2, at) + ca)
+
+
+class ClassLinear(nn.Module):
+    """Eq. 2: one linear unit per class, (B, C, D) -> logits (B, C); with `classes` (B, K) for those rows only."""
+
+    def __init__(self, classes, width):
+        super().__init__()
+        bound = width**-0.5
+        self.weight = nn.Parameter(torch.empty(classes, width).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(classes).uniform_(-bound, bound))
+
+    def forward(self, features, classes=None):
+        if classes is None:
+            return (features * self.weight).sum(-1) + self.bias
+        weight = nnf.embedding(classes, self.weight)  # (B, K, D); weight[classes] adds gradients in random order
+        return (features * weight).sum(-1) + self.bias.expand(len(classes), -1).gather(1, classes)
+
+
+class CAR(nn.Module):
+    """Category-specific attentional regions: F (B, P, D) -> SA (B, C, P), CA (B, C, D) and logits (Sec. 3.2)."""
+
+    def __init__(self, width, nodes, gcn=True, channel_attention=True, spatial_attention=True):
+        super().__init__()
+        classes = len(nodes)
+        self.register_buffer("nodes", nodes)  # word vectors (C, 300)
+        self.graph = ClassGraph(classes) if gcn else None
+        self.f_w = nn.Linear(WORD_WIDTH, width, bias=False)
+        self.f_ca = nn.Linear(width, width, bias=False) if channel_attention else None
+        self.f_c = nn.Linear(width, width) if channel_attention else None
+        self.f_sa = nn.Linear(width, width, bias=False) if spatial_attention else None
+        self.f_s = nn.Linear(width, 1) if spatial_attention else None  # D2
+        self.classifier = ClassLinear(classes, width)
+        self.scale = 0.5 if channel_attention and spatial_attention else 1.0  # Eq. 6's, without a partner dropped
+        self.cached = None, None
+
+    def class_weights(self):
+        """w = f_w(x_c) (C, D); it does not depend on the image, so inference keeps it until a parameter changes."""
+        sources = [self.nodes, self.f_w.weight, *(self.graph.parameters() if self.graph else ())]
+        key = None if torch.is_grad_enabled() else [(p.data_ptr(), p._version) for p in sources]
+        if key is None or self.cached[0] != key:
+            with torch.autocast(self.nodes.device.type, enabled=False):
+                w = self.f_w(self.graph(self.nodes) if self.graph else self.nodes)  # (C, D)
+            self.cached = (key, w) if key else (None, None)
+            return w
+        return self.cached[1]
+
+    def attend(self, f):
+        """F (B, P, D) -> SA (B, C, P) (Eq. 5) and CA (B, C, D) (Eq. 4); zeros where the attention is switched off."""
+        w = self.class_weights()  # (C, D)
+        (b, p, d), c = f.shape, len(w)
+        sa, ca = f.new_zeros(b, c, p), f.new_zeros(b, c, d)
+        if self.f_sa:
+            score = tanh_score(self.f_sa(f).to(w), w, self.f_s.weight[0])  # (B, C, P)
+            sa = (score + self.f_s.bias).sigmoid()
+        if self.f_ca:
+            pooled = self.f_ca(f.max(1).values).to(w)  # (B, D)
+            ca = self.f_c((pooled[:, None] * w).tanh()).to(w).sigmoid()  # (B, C, D)
+        return sa, ca
+
+    def classify(self, f, sa, ca, classes=None):
+        """Logits (B, C), or (B, K) of the given classes (B, K)."""
+        return self.classifier(self.scale * class_features(f, sa, ca), classes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eqs. 7 to 10: object erasing
+
+
+def longest_peak_run(marginal, alpha):
+    """Marginal (..., L) -> bool (..., L): the run of positions >= alpha to erase (Eqs. 9, 10), after min-max scaling.
+
+    Runs that contain the global maximum compete; the widest wins, then the first. A flat marginal has none.
+    """
+    low, high = marginal.amin(-1, keepdim=True), marginal.amax(-1, keepdim=True)
+    span = high - low
+    hot = ((marginal - low) / torch.where(span > 0, span, 1) >= alpha) & (span > 0)
+    begins = hot & ~nnf.pad(hot, (1, 0))[..., :-1]
+    run = begins.long().cumsum(-1) * hot  # 1, 2, ... inside runs, 0 between them
+    shape = (*run.shape[:-1], run.shape[-1] + 1)
+    width = torch.zeros(shape, dtype=torch.long, device=run.device).scatter_add_(-1, run, torch.ones_like(run))
+    peaks = torch.zeros_like(width).scatter_reduce_(-1, run, (marginal == high).long(), "amax")
+    score = width * peaks
+    score[..., 0] = -1  # the space between runs
+    return hot & (run == score.argmax(-1, keepdim=True))
+
+
+def erased_rectangle(sa, alpha):
+    """SA (..., H, W) -> bool (..., H, W), True inside the rectangle to erase; empty where SA is flat along an axis."""
+    x = longest_peak_run(sa.amax(-2), alpha)  # Eq. 7: over columns
+    y = longest_peak_run(sa.amax(-1), alpha)  # Eq. 8: over rows
+    return y[..., :, None] & x[..., None, :]
+
+
+def erased_logits(head, f, sa, ca, logits, size, top_k, alpha):
+    """Logits (B, C) with those of the K most confident classes replaced by what is left after erasing (Sec. 3.3).
+
+    The classes are the most confident by prediction, not by label. SA is set to 0 inside the rectangle and CA is kept
+    (text and Fig. 4), so erasing is soft: the channel attention still sees what the spatial attention lost.
+    """
+    if top_k > logits.shape[1]:
+        raise ValueError(f"top_k {top_k} is more than the {logits.shape[1]} classes")
+    top = logits.detach().sort(dim=1, descending=True, stable=True).indices[:, :top_k]  # (B, K)
+    sa, ca = (x.gather(1, top[..., None].expand(-1, -1, x.shape[2])) for x in (sa, ca))  # (B, K, P), (B, K, D)
+    gone = erased_rectangle(sa.detach().unflatten(2, size), alpha).flatten(2)  # (B, K, P)
+    return logits.scatter(1, top, head.classify(f, sa.masked_fill(gone, 0), ca, top))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other rows of Table 6
+
+
+class GAP(nn.Module):
+    """Baseline: global average pooling, linear."""
+
+    def __init__(self, width, classes):
+        super().__init__()
+        self.classifier = nn.Linear(width, classes)
+
+    def forward(self, f):
+        return self.classifier(f.mean(1))
+
+    def maps(self, f):
+        """Class activation maps (B, C, P), each scaled to [0, 1]."""
+        cam = self.classifier(f).float().transpose(1, 2)  # (B, C, P)
+        low, high = cam.amin(2, keepdim=True), cam.amax(2, keepdim=True)
+        return (cam - low) / (high - low).clamp(min=1e-6)
+
+
+class SD(nn.Module):
+    """SSGRL's semantic decoupling: per class a softmax over positions, scored against the raw word vector."""
+
+    def __init__(self, width, nodes):
+        super().__init__()
+        self.register_buffer("nodes", nodes)
+        self.fc1 = nn.Linear(width, SD_WIDTH, bias=False)
+        self.fc2 = nn.Linear(WORD_WIDTH, SD_WIDTH, bias=False)
+        self.fc3 = nn.Linear(SD_WIDTH, SD_WIDTH, bias=False)  # its bias and fc_a's would cancel in the softmax
+        self.fc_a = nn.Linear(SD_WIDTH, 1, bias=False)
+        self.classifier = ClassLinear(len(nodes), width)
+
+    def attend(self, f):
+        v = (self.fc_a.weight @ self.fc3.weight)[0].float()  # the last two layers are one linear map of the tanh
+        return tanh_score(self.fc1(f).float(), self.fc2(self.nodes).float(), v).softmax(2)  # (B, C, P)
+
+    def forward(self, f):
+        return self.classifier((self.attend(f).to(f) @ f).float())
+
+    def maps(self, f):
+        weights = self.attend(f)
+        return weights / weights.amax(2, keepdim=True)
+
+
+class SAM(nn.Module):
+    """ADD-GCN's semantic attention: a sigmoid mask per class, masked sums of transformed features."""
+
+    def __init__(self, width, classes):
+        super().__init__()
+        self.mask = nn.Linear(width, classes)
+        self.transform = nn.Linear(width, SD_WIDTH)
+        self.classifier = ClassLinear(classes, SD_WIDTH)
+
+    def maps(self, f):
+        return self.mask(f).float().sigmoid().transpose(1, 2)  # (B, C, P)
+
+    def forward(self, f):
+        return self.classifier(self.maps(f) @ self.transform(f).float())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+class SRDL(nn.Module):
+    """images (B, 3, S, S) -> logits (B, C) in eval mode; (logits, erased logits or None) in training.
+
+    head: "car", "gap", "sd" or "sam"; nodes: word vectors (C, 300); top_k 0: no erasing. `class_dims` names the tensors
+    whose rows belong to classes, for --init-from.
+    """
+
+    class_dims = {
+        "head.graph.adjacency": (0, 1),
+        "head.nodes": (0,),
+        "head.classifier.weight": (0,),
+        "head.classifier.bias": (0,),
+        "head.mask.weight": (0,),
+        "head.mask.bias": (0,),
+    }
+
+    def __init__(self, backbone, nodes, head="car", top_k=3, alpha=0.5, **car_options):
+        super().__init__()
+        self.backbone, width = backbone, backbone.channels[2]
+        self.top_k, self.alpha = top_k, alpha
+        if head == "car":
+            self.head = CAR(width, nodes, **car_options)
+        elif head == "sd":
+            self.head = SD(width, nodes)
+        else:
+            self.head = {"gap": GAP, "sam": SAM}[head](width, len(nodes))
+
+    def features(self, images):
+        """F (B, P, D) and the map's size (H, W)."""
+        f = self.backbone(images)[2]  # (B, D, H, W)
+        if FEATURE_POOL > 1:
+            f = nnf.avg_pool2d(f, FEATURE_POOL)
+        return f.flatten(2).transpose(1, 2), f.shape[2:]
+
+    def forward(self, images):
+        f, size = self.features(images)
+        if not isinstance(self.head, CAR):
+            logits, erased = self.head(f), None
+        else:
+            f = f.float()  # from here on float32: sums over D, and a maximum that must not tie
+            sa, ca = self.head.attend(f)
+            logits, erased = self.head.classify(f, sa, ca), None
+            if self.training and self.top_k:
+                erased = erased_logits(self.head, f, sa, ca, logits, size, self.top_k, self.alpha)
+        return (logits, erased) if self.training else logits
+
+    @torch.no_grad()
+    def look(self, images):
+        """For pictures: probabilities (B, C), maps (B, C, H, W) in [0, 1], erased rectangles (B, C, H, W) or None."""
+        f, size = self.features(images)
+        if isinstance(self.head, CAR):
+            maps = self.head.attend(f.float())[0].unflatten(2, size)
+            boxes = erased_rectangle(maps, self.alpha) if self.top_k else None
+        else:
+            maps, boxes = self.head.maps(f).unflatten(2, size), None
+        return self(images).float().sigmoid(), maps, boxes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Picture (Fig. 5)
+
+
+def draw_attention(run, path, count=8, tile=242):
+    """`count` test images chosen by the seed, each with the spatial attention of its three most confident classes and,
+    where objects are erased in training, the rectangle; 1,000 pixels wide."""
+    table, model = run.test_loader.images.table, run.reported.eval()
+    chosen = np.random.default_rng(run.args.seed).permutation(len(table))[:count]
+    best = min(3, len(table.classes))
+    picture = Image.new("RGB", (4 * (tile + 8), len(chosen) * (tile + 52)), "white")
+    for row, index in enumerate(chosen):
+        image, labels, _, _ = run.test_loader.images[0, index]
+        with run.autocast():
+            batch = data.normalise(image[None].to(run.env.device))
+            p, maps, gone = (x if x is None else x[0].float().cpu() for x in model.look(batch))
+        photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((tile, tile), Image.BICUBIC)
+        tiles = [(photo, "")]
+        for c in p.argsort(descending=True)[:best].tolist():
+            shown = common.heat_overlay(photo, maps[c])
+            if gone is not None and gone[c].any():
+                cell = tile / gone.shape[1], tile / gone.shape[2]
+                ys, xs = (gone[c].any(axis).nonzero().flatten() for axis in (1, 0))
+                box = (xs[0] * cell[1], ys[0] * cell[0], (xs[-1] + 1) * cell[1] - 1, (ys[-1] + 1) * cell[0] - 1)
+                ImageDraw.Draw(shown).rectangle([float(v) for v in box], outline="white", width=3)
+            tiles.append((shown, f"{table.classes[c]}  {p[c]:.2f}"))
+        names = {
+            "predicted": [n for n, v in zip(table.classes, p, strict=True) if v >= run.args.threshold],
+            "true": [n + " (difficult)" * int(y < 0) for n, y in zip(table.classes, labels, strict=True) if y],
+        }
+        top = row * (tile + 52)
+        for column, (shown, text) in enumerate(tiles):
+            picture.paste(shown, (column * (tile + 8) + 4, top))
+            common.write_text(picture, (column * (tile + 8) + 6, top + tile + 2), text)
+        for line, (what, found) in enumerate(names.items()):
+            text = f"{what}: {', '.join(found) or 'nothing'}"
+            common.write_text(picture, (6, top + tile + 2 + 20 * line), text, 14, "black" if line else (30, 60, 200))
+    picture.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line, training
+
+
+def parse(argv=None):
+    parser = common.arguments("SRDL: attention per category and object erasing for multi-label classification.")
+    add = parser.add_argument_group("SRDL").add_argument
+    add("--head", default="car", choices=("car", "gap", "sd", "sam"), help="Table 6: ours, baseline, SD, SAM")
+    add("--no-erase", action="store_true", help="Table 5 line 2: CAR without object erasing")
+    add("--no-gcn", action="store_true", help="Table 6: class embeddings are the word vectors themselves")
+    add("--no-channel-attention", action="store_true", help="Table 6: w/o CA")
+    add("--no-spatial-attention", action="store_true", help="Table 6: w/o SA; nothing is left to erase")
+    add("--top-k", type=common.positive_int, metavar="K", help="Fig. 6: erase the K most confident classes")
+    add("--alpha", type=float, help="Fig. 6: erase where the scaled marginal is at least this")
+    add("--glove", metavar="FILE", help="word vectors: glove text file or .npz; 6B: downloaded once; hash: stand-in")
+    add("--train-backbone", choices=("layer4", "all"), help="train the last stage, or everything")
+    add("--schedule", choices=("step", "one-cycle"), help="learning rate: x0.1 at half the run, or one cycle")
+    args = common.parse(parser, argv, RECIPE, "srdl")
+
+    if args.baseline and "head" in args.given and args.head != "gap":
+        parser.error(f"--baseline is --head gap; --head {args.head} contradicts it")
+    args.head = "gap" if args.baseline else args.head
+    inner = [n for n in ("no_gcn", "no_channel_attention", "no_spatial_attention") if getattr(args, n)]
+    if args.head != "car" and inner:
+        parser.error(f"--{inner[0].replace('_', '-')} is a part of CAR; --head {args.head} has none")
+    if args.no_channel_attention and args.no_spatial_attention:
+        parser.error("--no-channel-attention and --no-spatial-attention leave no attention; use --baseline")
+    args.no_erase = args.no_erase or args.head != "car" or args.no_spatial_attention
+    erasing = [f"--{n.replace('_', '-')}" for n in ("top_k", "alpha") if n in args.given]
+    if args.no_erase and erasing:
+        parser.error(f"{erasing[0]} has no effect: nothing is erased with this head or these switches")
+    if not 0 < args.alpha <= 1:
+        parser.error(f"--alpha {args.alpha}: expected a number in (0, 1]")
+    return args
+
+
+def build(args, classes):
+    """The network of the command line. Word vectors are read unless a checkpoint is about to bring them."""
+    backbone = common.Backbone(
+        args.backbone,
+        "none" if args.checkpoint or args.resume else args.weights,
+        last_stride=args.last_stride,
+        frozen=() if args.train_backbone == "all" else ("to8", "to16"),
+    )
+    nodes = torch.zeros(len(classes), WORD_WIDTH)
+    if args.head in ("car", "sd") and not (args.checkpoint or args.resume):
+        nodes = torch.from_numpy(data.word_vectors(classes, args.glove))
+    if not args.no_erase and args.top_k > len(classes):
+        raise UserError(f"--top-k {args.top_k} is more than the {len(classes)} classes of {args.data}")
+    options = {}
+    if args.head == "car":
+        options = {"gcn": not args.no_gcn, "channel_attention": not args.no_channel_attention}
+        options["spatial_attention"] = not args.no_spatial_attention
+    return SRDL(backbone, nodes, args.head, 0 if args.no_erase else args.top_k, args.alpha, **options)
+
+
+def main(args):
+    env = common.start(args)
+    train, test = common.load_data(args, env)
+    with common.first_process_first(env):
+        model = build(args, train.classes)
+    run = common.Run("srdl", args, env, model, train, test)
+    if args.evaluate:
+        record = run.evaluate()
+    else:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        # Adam's own weight decay is L2, not AdamW's
+        optimizer = torch.optim.Adam(trained, args.lr, BETAS, weight_decay=args.weight_decay, fused=True)
+        if args.schedule == "step":  # 10 of 20 epochs are half the run
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, run.total_steps // 2), 0.1)
+        else:
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, max(run.total_steps, 1))
+        net = run.prepare(optimizer, schedule)
+        record = None
+        for epoch in run.epochs():
+            for images, labels in run.batches(epoch):
+                y = data.targets(labels, args.difficult_train).float()  # (B, C)
+                with run.autocast():
+                    logits, erased = net(images)  # (B, C) each
+                loss = l_ori = nnf.binary_cross_entropy_with_logits(logits.float(), y)  # Eq. 11, D1
+                terms = {"L_ori": l_ori}
+                if erased is not None:
+                    l_era = nnf.binary_cross_entropy_with_logits(erased.float(), y)  # Eq. 12, over all classes
+                    loss, terms["L_era"] = l_ori + l_era, l_era  # Eq. 13
+                run.update(loss, **terms)
+            record = run.finish_epoch(epoch)
+        record = record or run.test()  # resumed after the last epoch
+    if env.first:
+        (run.out / "figures").mkdir(exist_ok=True)
+        if not args.no_spatial_attention:
+            draw_attention(run, run.out / "figures" / "attention.png")
+        if not args.evaluate:
+            common.draw_curves(run.out / "log.jsonl", run.out / "figures" / "curves.png")
+            run.report(record)
+    return record
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    common.launch(main, arguments)
