@@ -20,11 +20,14 @@ import argparse
 import contextlib
 import copy
 import datetime
+import functools
 import json
+import logging
 import math
 import os
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -156,6 +159,7 @@ def parse(parser, argv, recipe, method):
     args.method, args.recipe, args.given = method, NEAREST.get(args.data, args.data), sorted(given)
     args.command = shlex.join([f"{method}.py", *argv])
     args.resume = str(origin) if origin and args.resume else None
+    args.checkpoint = str(origin) if args.checkpoint else None
     if args.resume:
         args.out = args.out or str(origin.parent)
     args.out = args.out or str(Path("runs", method, args.data, time.strftime("%Y%m%d-%H%M%S")))
@@ -221,6 +225,7 @@ class Env:
 
 def launch(main, args):
     """Run main(args) in one process per entry of --gpus (or in torchrun's), and end with a readable message."""
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it reports what we explain below
     world = len((args.gpus or "").split(","))
     try:
         if world == 1 or "RANK" in os.environ:
@@ -303,9 +308,13 @@ def first_process_first(env):
 
 
 def load_data(args, env):
-    """(train, test) tables; whatever must be drawn is drawn once."""
+    """data.load, once everything that must be drawn is drawn. Refuses a checkpoint of another class list."""
     with first_process_first(env):
-        return data.load(args)
+        train, test = data.load(args)
+    path = args.resume or args.checkpoint
+    if path:
+        refuse_other(path, "class list", load_checkpoint(path)["classes"], list(test.classes))
+    return train, test
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -372,27 +381,25 @@ def load_pretrained(net, name, weights):
     """
     if weights == "none":
         return
+    hint = "give the PATH of the file, or --weights none"
+    if weights in ("v1", "v2"):
+        choices = torchvision.models.get_model_weights(name)
+        version = f"IMAGENET1K_{weights.upper()}"
+        if version not in choices.__members__:
+            raise UserError(f"--weights {weights}: {name} has none; there are {', '.join(choices.__members__)}")
+        fetch = functools.partial(choices[version].get_state_dict, progress=True, check_hash=True)
+    elif weights == "swsl":
+        if name != "resnext101_32x8d":
+            raise UserError("--weights swsl: published for --backbone resnext101_32x8d only")
+        fetch = functools.partial(torch.hub.load_state_dict_from_url, SWSL, map_location="cpu", check_hash=True)
+    else:
+        fetch = functools.partial(torch.load, weights, map_location="cpu", weights_only=True)
+        hint = f"expected the state dict of torchvision's {name}"
     try:
-        if weights in ("v1", "v2"):
-            choices = torchvision.models.get_model_weights(name)
-            if f"IMAGENET1K_{weights.upper()}" not in choices.__members__:
-                raise UserError(f"--weights {weights}: {name} has none; there are {', '.join(choices.__members__)}")
-            state = choices[f"IMAGENET1K_{weights.upper()}"].get_state_dict(progress=True, check_hash=True)
-        elif weights == "swsl":
-            if name != "resnext101_32x8d":
-                raise UserError("--weights swsl: published for --backbone resnext101_32x8d only")
-            state = torch.hub.load_state_dict_from_url(SWSL, map_location="cpu", check_hash=True)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        net.load_state_dict(state)
-    except (OSError, RuntimeError, EOFError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[0][:300]
-        hint = (
-            "give the PATH of the file, or --weights none" if weights in ("v1", "v2", "swsl") else f"expected {name}'s"
-        )
-        raise UserError(f"--weights {weights}: not loaded ({reason}); {hint}") from None
-    except Exception as error:  # the unpickler raises a class of its own
-        raise UserError(f"--weights {weights}: no state dict of tensors ({type(error).__name__})") from None
+        net.load_state_dict(fetch())
+    except Exception as error:  # no file, no network, no tensors, other tensors: of many classes
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--weights {weights}: not loaded ({type(error).__name__}: {reason}); {hint}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,7 +411,7 @@ def load_checkpoint(path):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {"method": state["method"], "config": state["config"]} | state
     except Exception as error:  # OSError, RuntimeError, EOFError, KeyError and the unpickler's own
         reason = str(error).splitlines()[0][:200]
@@ -468,21 +475,19 @@ class Run:
     """
 
     def __init__(self, method, args, env, model, train, test):
-        self.method, self.args, self.env, self.classes = method, args, env, train.classes
+        self.method, self.args, self.env, self.classes = method, args, env, test.classes
         self.out, self.epoch, self.step, self.best = Path(args.out), 0, 0, -1.0
         self.model = model.to(env.device, memory_format=torch.channels_last)
         size, seed, pin = args.image_size, args.seed, env.device.type == "cuda"
         options = {"workers": args.workers, "rank": env.rank, "world": env.world, "pin_memory": pin}
-        images = data.Images(train, size, args.view, args.interpolation, train=True, seed=seed)
-        self.train_loader = data.Loader(images, args.batch_size, accumulate=args.accumulate, **options)
         images = data.Images(test, size, interpolation=args.interpolation)
         self.test_loader = data.Loader(images, args.batch_size, **options)
-        self.total_steps = len(self.train_loader) // args.accumulate * args.epochs
+        if train is not None:
+            images = data.Images(train, size, args.view, args.interpolation, train=True, seed=seed)
+            self.train_loader = data.Loader(images, args.batch_size, accumulate=args.accumulate, **options)
+            self.total_steps = len(self.train_loader) // args.accumulate * args.epochs
         self.dtype, self.ema, self.bar = torch.float32, None, None
         self.state = load_checkpoint(args.resume or args.checkpoint) if args.resume or args.checkpoint else None
-        if self.state:
-            path = args.resume or args.checkpoint
-            refuse_other(path, "class list", list(self.state["classes"]), list(self.classes))
         self.open_folder(train, test)
 
     # -- folder and log
@@ -491,7 +496,7 @@ class Run:
         """Create the folder, or refuse one that is in use; say what this run is."""
         args, log = self.args, self.out / "log.jsonl"
         self.config = {k: v for k, v in vars(args).items() if k != "given"}
-        self.sizes = {"train": len(train), "test": len(test)}
+        self.sizes = {"train": len(train) if train is not None else 0, "test": len(test)}
         if self.env.first:
             used = (log.exists() and log.stat().st_size) or (self.out / "last.pt").exists()
             if used and not args.resume:
@@ -511,7 +516,8 @@ class Run:
         if "resume" in args.given and not args.resume:
             self.say("--resume auto: no checkpoint there, starting afresh")
         self.say(
-            f"protocol: {args.data}, {len(train):,} training, {len(test):,} test images, {len(self.classes)} classes; "
+            f"protocol: {args.data}, {self.sizes['train']:,} training and {len(test):,} test images, "
+            f"{len(self.classes)} classes; "
             f"{args.backbone} weights {args.weights}, ImageNet normalisation; difficult objects {args.difficult_train} "
             f"in training, {args.difficult_test} in the test; AP by points and by area"
         )
@@ -595,7 +601,6 @@ class Run:
     def restore(self):
         """Continue the checkpoint: all state, and the log cut back to the epochs that it holds."""
         state = self.state
-        self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.best = state["epoch"], state["best"]
         if self.total_steps == state["total_steps"]:
             self.step = state["step"]
@@ -606,6 +611,7 @@ class Run:
                 warnings.simplefilter("ignore")  # "step() before optimizer.step()"
                 for _ in range(self.step):
                     self.schedule.step()
+        self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema:
             self.ema.load_state_dict(
@@ -739,7 +745,7 @@ class Run:
             self.write(record)
             self.save("last.pt")
             if better:
-                self.save("best.pt")
+                copy_file(self.out / "last.pt", self.out / "best.pt")
         return record
 
     def save(self, name):
@@ -801,6 +807,17 @@ class Run:
             self.say(f"mAP over {record['classes']} classes; {record['classes_left_out']} have no positive image")
         if self.env.first:
             self.say(f"in {self.out}: {', '.join(sorted(p.name for p in self.out.iterdir()))}")
+
+
+def copy_file(source, target):
+    """`target` becomes a second name of `source` (which is never changed, only replaced), or a copy of it."""
+    temporary = Path(f"{target}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, temporary)
+    temporary.replace(target)
 
 
 def git_revision():

@@ -273,19 +273,25 @@ def warn_about_size(name, split, table):
 
 
 def load(args):
-    """The training and the test table of the parsed command line (common.py's arguments), --limit applied."""
+    """Training and test table of the parsed command line (common.py's arguments), --limit applied; None and the test
+    table with --evaluate."""
     root = args.root or str(Path("datasets", args.data))
     if args.data == "toy":
         draw_toy(root)
     classes = [line for _, line in read_lines(args.classes)] if args.classes else None
-    train = load_split(args.data, root, args.train_split, id_list=args.train_list, classes=classes)
     test = load_split(args.data, root, args.test_split, id_list=args.val_list, classes=classes)
+    if args.evaluate:
+        return None, limited(test, args.limit)
+    train = load_split(args.data, root, args.train_split, id_list=args.train_list, classes=classes)
     shared = set(train.names) & set(test.names)
     if shared:
         raise UserError(f"{len(shared)} images are both in training and in test, {sorted(shared)[0]} for one")
-    if args.limit:
-        train, test = (t.take(np.random.default_rng(0).permutation(len(t))[: args.limit]) for t in (train, test))
-    return train, test
+    return limited(train, args.limit), limited(test, args.limit)
+
+
+def limited(table, count):
+    """The first `count` rows after a shuffle that is always the same; all of them for None."""
+    return table.take(np.random.default_rng(0).permutation(len(table))[:count]) if count else table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -590,7 +596,7 @@ class Loader:
             persistent_workers=workers > 0,
             collate_fn=collate,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # nothing is drawn from it, nor from the global one
+            generator=torch.Generator(),  # for worker seeds: the global one is left alone
         )
 
     def __len__(self):

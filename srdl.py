@@ -275,11 +275,12 @@ class GAP(nn.Module):
         self.classifier = nn.Linear(width, classes)
 
     def forward(self, f):
-        return self.classifier(f.mean(1))
+        with torch.autocast(f.device.type, enabled=False):  # bf16 logits would tie
+            return self.classifier(f.mean(1))
 
     def maps(self, f):
         """Class activation maps (B, C, P), each scaled to [0, 1]."""
-        cam = self.classifier(f).float().transpose(1, 2)  # (B, C, P)
+        cam = self.classifier(f).to(f).transpose(1, 2)  # (B, C, P)
         low, high = cam.amin(2, keepdim=True), cam.amax(2, keepdim=True)
         return (cam - low) / (high - low).clamp(min=1e-6)
 
@@ -297,11 +298,11 @@ class SD(nn.Module):
         self.classifier = ClassLinear(len(nodes), width)
 
     def attend(self, f):
-        v = (self.fc_a.weight @ self.fc3.weight)[0].float()  # the last two layers are one linear map of the tanh
-        return tanh_score(self.fc1(f).float(), self.fc2(self.nodes).float(), v).softmax(2)  # (B, C, P)
+        v = (self.fc_a.weight @ self.fc3.weight)[0]  # the last two layers are one linear map of the tanh
+        return tanh_score(self.fc1(f).to(f), self.fc2(self.nodes).to(f), v.to(f)).softmax(2)  # (B, C, P)
 
     def forward(self, f):
-        return self.classifier((self.attend(f).to(f) @ f).float())
+        return self.classifier((self.attend(f) @ f).to(f))  # (B, C)
 
     def maps(self, f):
         weights = self.attend(f)
@@ -318,10 +319,10 @@ class SAM(nn.Module):
         self.classifier = ClassLinear(classes, SD_WIDTH)
 
     def maps(self, f):
-        return self.mask(f).float().sigmoid().transpose(1, 2)  # (B, C, P)
+        return self.mask(f).to(f).sigmoid().transpose(1, 2)  # (B, C, P)
 
     def forward(self, f):
-        return self.classifier(self.maps(f) @ self.transform(f).float())
+        return self.classifier((self.maps(f) @ self.transform(f)).to(f))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,14 +361,14 @@ class SRDL(nn.Module):
         f = self.backbone(images)[2]  # (B, D, H, W)
         if FEATURE_POOL > 1:
             f = nnf.avg_pool2d(f, FEATURE_POOL)
-        return f.flatten(2).transpose(1, 2), f.shape[2:]
+        # From here on float32, whatever --amp: sums over D, and maxima and scores that must not tie.
+        return f.flatten(2).transpose(1, 2).float(), f.shape[2:]
 
     def forward(self, images):
         f, size = self.features(images)
         if not isinstance(self.head, CAR):
             logits, erased = self.head(f), None
         else:
-            f = f.float()  # from here on float32: sums over D, and a maximum that must not tie
             sa, ca = self.head.attend(f)
             logits, erased = self.head.classify(f, sa, ca), None
             if self.training and self.top_k:
@@ -379,7 +380,7 @@ class SRDL(nn.Module):
         """For pictures: probabilities (B, C), maps (B, C, H, W) in [0, 1], erased rectangles (B, C, H, W) or None."""
         f, size = self.features(images)
         if isinstance(self.head, CAR):
-            maps = self.head.attend(f.float())[0].unflatten(2, size)
+            maps = self.head.attend(f)[0].unflatten(2, size)
             boxes = erased_rectangle(maps, self.alpha) if self.top_k else None
         else:
             maps, boxes = self.head.maps(f).unflatten(2, size), None
@@ -486,7 +487,7 @@ def main(args):
     env = common.start(args)
     train, test = common.load_data(args, env)
     with common.first_process_first(env):
-        model = build(args, train.classes)
+        model = build(args, test.classes)
     run = common.Run("srdl", args, env, model, train, test)
     if args.evaluate:
         record = run.evaluate()

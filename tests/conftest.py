@@ -32,8 +32,9 @@ def toy(tmp_path_factory):
 
 
 @pytest.fixture
-def run(toy, tmp_path):
-    """run("--no-erase", out="a") trains in-process for seconds and returns (record, run folder)."""
+def run(toy, tmp_path, monkeypatch):
+    """run("--no-erase", out="a") trains in-process for seconds and returns (record, run folder). No picture."""
+    monkeypatch.setattr(srdl, "draw_attention", lambda run, path: path.touch())
 
     def train(*flags, out="run"):
         folder = tmp_path / out
