@@ -7,7 +7,7 @@ precision, checkpoints, the run folder, pictures. The training loop itself stand
     def main(args):
         env = common.start(args)
         train, test = common.load_data(args, env)
-        run = common.Run("srdl", args, env, model, train, test)
+        run = common.Run(args, env, model, train, test)
         net = run.prepare(optimizer, schedule)             # DDP, EMA, precision, --init-from, --resume
         for epoch in run.epochs():
             for images, labels in run.batches(epoch):
@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import copy
 import datetime
+import fcntl
 import functools
 import json
 import logging
@@ -30,9 +31,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
-import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,11 +50,6 @@ import data
 import eval as metrics
 from data import UserError, write_atomically
 
-try:
-    import fcntl
-except ImportError:  # not on Windows: there, nobody holds the run folder
-    fcntl = None
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
@@ -65,7 +61,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Prints the default of every flag that has one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def arguments(description):
@@ -81,25 +77,31 @@ def arguments(description):
     add("--classes", metavar="FILE", help="use only the classes named in FILE, one a line, in that order")
     add("--difficult-train", choices=("negative", "positive"), help="what difficult objects count as in training")
     add("--difficult-test", choices=("ignore", "negative", "positive"), help="and when testing")
-    add("--limit", type=positive_int, metavar="N", help="first N images of train and of test after a seeded shuffle")
-    add("-j", "--workers", type=natural, default=default_workers(), help="image loading processes per training process")
+    add("--limit", type=at_least(1), metavar="N", help="first N images of train and of test after a seeded shuffle")
+    add(
+        "-j",
+        "--workers",
+        type=at_least(0),
+        default=default_workers(),
+        help="image loading processes per training process",
+    )
 
     add = parser.add_argument_group("model").add_argument
     add("--backbone", choices=BACKBONES, help="network under the head")
     add("--weights", help="v1, v2 or swsl (pretrained, downloaded once), none, or the PATH of a state dict")
-    add("--image-size", type=positive_int, help="side of the square input in pixels")
+    add("--image-size", type=at_least(1), help="side of the square input in pixels")
     add("--baseline", action="store_true", help="the plain backbone (global average pooling, linear) instead")
 
     add = parser.add_argument_group("training").add_argument
-    add("-b", "--batch-size", type=positive_int, help="images per optimizer step, over all processes")
-    add("--accumulate", type=positive_int, default=1, metavar="N", help="compute each step in N parts, to save memory")
-    add("--epochs", type=positive_int, help="length; schedules given in epochs scale with it")
+    add("-b", "--batch-size", type=at_least(1), help="images per optimizer step, over all processes")
+    add("--accumulate", type=at_least(1), default=1, metavar="N", help="compute a step in N parts, to save memory")
+    add("--epochs", type=at_least(1), help="length; schedules given in epochs scale with it")
     add("--lr", type=float, help="learning rate")
     add("--weight-decay", type=float, help="weight decay")
     add("--ema-decay", type=float, default=0.0, help="report a moving average of the weights; 0: none")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision; auto: bf16 where it is fast")
-    add("--seed", type=natural, default=0, help="of weights, order and augmentation")
-    add("--eval-every", type=positive_int, default=1, metavar="N", help="test every N epochs, and after the last")
+    add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
+    add("--eval-every", type=at_least(1), default=1, metavar="N", help="test every N epochs, and after the last")
     add("--threshold", type=float, default=0.5, help="probability from which a class counts as predicted")
 
     add = parser.add_argument_group("run").add_argument
@@ -113,18 +115,15 @@ def arguments(description):
     return parser
 
 
-def natural(text):
-    """argparse type: an integer from 0."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
-    return int(text)
+def at_least(low):
+    """argparse type: an integer from `low`."""
 
+    def integer(text):
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more")
+        return int(text)
 
-def positive_int(text):
-    """argparse type: an integer from 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return int(text)
+    return integer
 
 
 def default_workers():
@@ -142,6 +141,8 @@ def parse(parser, argv, recipe, method):
     scan.add_argument("--data", default="toy")
     name = scan.parse_known_args(argv)[0].data
     parser.set_defaults(**recipe.get(NEAREST.get(name, name), {}))  # so that --help prints this data set's numbers
+    if name in data.VOC_SETS:
+        parser.set_defaults(train_split=data.VOC_SETS[name][2], test_split=data.VOC_SETS[name][3])
     flags = [action.dest for action in parser._actions]
     typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(flags))))
     given = {k: typed[k] for k in flags if typed.get(k) is not None}
@@ -151,9 +152,8 @@ def parse(parser, argv, recipe, method):
     except UserError as error:
         parser.error(str(error))
     values = vars(parser.parse_args([])) | stored
-    if given.get("data", values["data"]) != stored.get("data"):
-        folder = data.VOC_SETS[given.get("data", values["data"])]
-        values |= {"train_split": folder[2], "test_split": folder[3]}
+    if stored and "data" in given and given["data"] != stored["data"]:  # the checkpoint's place does not serve here
+        values |= {"train_split": parser.get_default("train_split"), "test_split": parser.get_default("test_split")}
         values |= dict.fromkeys(("root", "train_list", "val_list", "classes"))
     args = argparse.Namespace(**(values | given))
     args.method, args.recipe, args.given = method, NEAREST.get(args.data, args.data), sorted(given)
@@ -162,13 +162,24 @@ def parse(parser, argv, recipe, method):
     args.checkpoint = str(origin) if args.checkpoint else None
     if args.resume:
         args.out = args.out or str(origin.parent)
+        if Path(args.out).resolve() != origin.parent.resolve():
+            parser.error(f"--resume goes on in {origin.parent}; --init-from starts another run from its weights")
     args.out = args.out or str(Path("runs", method, args.data, time.strftime("%Y%m%d-%H%M%S")))
     if args.evaluate != bool(args.checkpoint):
         parser.error("--evaluate and --checkpoint FILE belong together")
-    if args.evaluate and given.get("resume"):
-        parser.error("--evaluate tests a --checkpoint; --resume continues training")
-    if not 0 <= args.ema_decay < 1:
-        parser.error(f"--ema-decay {args.ema_decay}: expected a number in [0, 1)")
+    if len({"resume", "init_from", "evaluate"} & given.keys()) > 1 and (args.resume or args.evaluate):
+        parser.error("--resume, --init-from and --evaluate exclude each other: each says where the weights come from")
+    for flag, good in (
+        ("ema_decay", 0 <= args.ema_decay < 1),
+        ("threshold", 0 < args.threshold < 1),
+        ("lr", args.lr >= 0),
+        ("weight_decay", args.weight_decay >= 0),
+    ):
+        if not good:
+            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} is out of range")
+    devices = (args.gpus or "cpu").split(",")
+    if not (set(devices) == {"cpu"} or (all(d.isdigit() for d in devices) and len(set(devices)) == len(devices))):
+        parser.error(f"--gpus {args.gpus}: expected GPU numbers, each once, or only cpu")
     return args
 
 
@@ -201,9 +212,7 @@ def stored_configuration(method, given):
 
 def refuse_other(path, what, stored, wanted):
     if stored != wanted:
-        raise UserError(
-            f"{path} has {what} {stored}; {wanted} is asked for. Start a new run (--init-from takes weights)"
-        )
+        raise UserError(f"{path} has {what} {stored}; {wanted} is asked for (--init-from only takes the weights)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,13 +235,17 @@ class Env:
 def launch(main, args):
     """Run main(args) in one process per entry of --gpus (or in torchrun's), and end with a readable message."""
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it reports what we explain below
-    world = len((args.gpus or "").split(","))
+    world, spawned = len((args.gpus or "").split(",")), "INIT_METHOD" in os.environ
     try:
         if world == 1 or "RANK" in os.environ:
             main(args)
+            if dist.is_initialized():
+                dist.barrier()  # gloo may abort when one process leaves early
+                dist.destroy_process_group()
         else:
-            rendezvous = f"file:///tmp/multilabel-{os.getpid()}-{time.time_ns()}"
-            torch.multiprocessing.start_processes(worker, (main, args, world, rendezvous), world, start_method="spawn")
+            with tempfile.TemporaryDirectory() as folder:
+                meet = (Path(folder) / "rendezvous").as_uri()
+                torch.multiprocessing.start_processes(worker, (main, args, world, meet), world, start_method="spawn")
     except UserError as error:  # raised in a loader's process it carries that traceback in front
         if int(os.environ.get("RANK", 0)):
             time.sleep(2)  # the first process says the same; let it be heard alone
@@ -244,16 +257,19 @@ def launch(main, args):
         peak = torch.cuda.max_memory_allocated() / 2**30
         sys.exit(
             f"{args.method}.py: out of GPU memory at --batch-size {args.batch_size}, --image-size {args.image_size} "
-            f"({peak:.1f} GiB used). Try --accumulate 2 (same result), --amp bf16, more --gpus, or a smaller size."
+            f"({peak:.1f} GiB used). Try --accumulate 2 (the same step but for BatchNorm's statistics), --amp bf16, "
+            "more --gpus, or a smaller size."
         )
     except KeyboardInterrupt:
-        resumable = Path(args.out, "last.pt").is_file()
-        sys.exit("\nstopped" + (f"; continue with: python {args.method}.py --resume {args.out}" if resumable else ""))
+        if spawned or int(os.environ.get("RANK", 0)):
+            sys.exit(130)  # the parent or the first process says it
+        there = Path(args.out, "last.pt").is_file()
+        sys.exit("\nstopped" + (f"; continue with: python {args.method}.py --resume {args.out}" if there else ""))
 
 
-def worker(rank, main, args, world, rendezvous):
+def worker(rank, main, args, world, meet):
     """One spawned process: the variables that torchrun would set, then the same way as everybody else's."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), INIT_METHOD=rendezvous)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), INIT_METHOD=meet)
     launch(main, args)
 
 
@@ -263,15 +279,16 @@ def start(args):
     names = args.gpus.split(",") if args.gpus else [str(local) if torch.cuda.is_available() else "cpu"] * (local + 1)
     if local >= len(names):
         raise UserError(f"--gpus {args.gpus} names {len(names)} devices for {local + 1} or more processes")
-    name = names[local].strip()
+    name = names[local]
     if name == "cpu":
         device = torch.device("cpu")
         if args.sync_bn:
             raise UserError("--sync-bn works on GPUs only")
         if world > 1:
-            torch.set_num_threads(max(1, torch.get_num_threads() // world))
-    elif not name.isdigit() or int(name) >= torch.cuda.device_count():
-        raise UserError(f"--gpus {args.gpus}: no GPU {name!r}; this machine has {torch.cuda.device_count()}. Or: cpu")
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # processes on this machine
+            torch.set_num_threads(max(1, torch.get_num_threads() // here))
+    elif int(name) >= torch.cuda.device_count():
+        raise UserError(f"no GPU {name}: this machine has {torch.cuda.device_count()}. Choose others by --gpus, or cpu")
     else:
         device = torch.device("cuda", int(name))
         torch.cuda.set_device(device)
@@ -308,13 +325,9 @@ def first_process_first(env):
 
 
 def load_data(args, env):
-    """data.load, once everything that must be drawn is drawn. Refuses a checkpoint of another class list."""
+    """data.load, once everything that must be drawn is drawn."""
     with first_process_first(env):
-        train, test = data.load(args)
-    path = args.resume or args.checkpoint
-    if path:
-        refuse_other(path, "class list", load_checkpoint(path)["classes"], list(test.classes))
-    return train, test
+        return data.load(args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,8 +439,8 @@ def weights_of(state):
 def init_from(model, weights, old_classes, classes):
     """Copy what fits from another model's state dict; returns names (copied, copied by class, fresh).
 
-    Tensors of the same name and shape are copied. Those in `model.class_dims` (name -> dimensions indexed by class)
-    are copied row by row where the class has the same name, COCO's and VOC's spelling taken as one.
+    Tensors of the same name and shape are copied. Those in `model.class_dims` (name -> how many leading dimensions are
+    indexed by class) are copied row by row where the class has the same name, COCO's and VOC's spelling taken as one.
     """
     old = {data.COCO_NAME.get(name, name): i for i, name in enumerate(old_classes)}
     pairs = [(i, old[n]) for i, n in enumerate(data.COCO_NAME.get(c, c) for c in classes) if n in old]
@@ -435,13 +448,13 @@ def init_from(model, weights, old_classes, classes):
     own = model.state_dict()
     with torch.no_grad():
         for name, tensor in own.items():
-            source, dims = weights.get(name), model.class_dims.get(name)
+            source, dims = weights.get(name), model.class_dims.get(name, 0)
             if source is not None and dims and pairs and source.dim() == tensor.dim():
                 new_rows, old_rows = (torch.tensor(rows) for rows in zip(*pairs, strict=True))
-                for dim in range(len(dims)):  # pick the old rows (and columns) of the shared classes
+                for dim in range(dims):  # pick the old rows (and columns) of the shared classes
                     source = source.index_select(dim, old_rows)
-                where = torch.meshgrid(*[new_rows] * len(dims), indexing="ij")
-                if source.shape[len(dims) :] == tensor.shape[len(dims) :]:
+                where = torch.meshgrid(*[new_rows] * dims, indexing="ij")
+                if source.shape[dims:] == tensor.shape[dims:]:
                     tensor[where] = source.to(tensor)
                     by_class.append(name)
                     continue
@@ -474,9 +487,9 @@ class Run:
     Attributes for the scripts: classes, train_loader, test_loader, total_steps, out (Path), env, model.
     """
 
-    def __init__(self, method, args, env, model, train, test):
-        self.method, self.args, self.env, self.classes = method, args, env, test.classes
-        self.out, self.epoch, self.step, self.best = Path(args.out), 0, 0, -1.0
+    def __init__(self, args, env, model, train, test):
+        self.args, self.env, self.classes = args, env, test.classes
+        self.out, self.epoch, self.step, self.best = Path(args.out), 0, 0, -math.inf
         self.model = model.to(env.device, memory_format=torch.channels_last)
         size, seed, pin = args.image_size, args.seed, env.device.type == "cuda"
         options = {"workers": args.workers, "rank": env.rank, "world": env.world, "pin_memory": pin}
@@ -487,7 +500,10 @@ class Run:
             self.train_loader = data.Loader(images, args.batch_size, accumulate=args.accumulate, **options)
             self.total_steps = len(self.train_loader) // args.accumulate * args.epochs
         self.dtype, self.ema, self.bar = torch.float32, None, None
-        self.state = load_checkpoint(args.resume or args.checkpoint) if args.resume or args.checkpoint else None
+        path = args.resume or args.checkpoint
+        self.state = load_checkpoint(path) if path else None
+        if path:
+            refuse_other(path, "class list", self.state["classes"], list(self.classes))
         self.open_folder(train, test)
 
     # -- folder and log
@@ -528,11 +544,10 @@ class Run:
             self.log_file = open(self.out / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         except OSError as error:
             raise UserError(f"--out {self.out}: cannot be written ({error.strerror}); choose another") from None
-        if fcntl:
-            try:
-                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"--out {self.out}: another process is writing there") from None
+        try:
+            fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {self.out}: another process is writing there") from None
 
     def write_header(self):
         """The log's first record: all that is needed to run this again."""
@@ -572,7 +587,7 @@ class Run:
             for what, names in zip(("copied", "copied by class name", "fresh"), lists, strict=True):
                 self.say(f"--init-from {args.init_from}: {what}: {abridged(names)}")
         if self.state:
-            self.model.load_state_dict(self.state["model"])
+            self.load_weights(self.state["model"])
         self.choose_precision()
         # fp16's gradients underflow without a scale; bf16 has float32's range
         self.scaler = torch.amp.GradScaler(env.device.type, enabled=self.dtype == torch.float16)
@@ -586,7 +601,7 @@ class Run:
             self.restore()
         elif env.first:
             self.write_header()
-            self.save("last.pt")  # so that there is something to resume from the first step on
+            self.save()  # so that there is something to resume from the first step on
         self.say(
             f"{self.total_steps} steps in {args.epochs} epochs, {str(self.dtype)[6:]} on {device_name(env.device)}"
         )
@@ -598,37 +613,43 @@ class Run:
         self.net = net
         return net
 
+    def load_weights(self, weights):
+        """Fill the model from the checkpoint; UserError when other flags gave it another shape."""
+        try:
+            self.model.load_state_dict(weights)
+        except RuntimeError as error:
+            path = self.args.resume or self.args.checkpoint
+            raise UserError(f"{path} does not fit these flags: {' '.join(str(error).split())[:300]}") from None
+
     def restore(self):
-        """Continue the checkpoint: all state, and the log cut back to the epochs that it holds."""
+        """Continue the checkpoint: optimizer, scaler, moving average, counters, log. The schedule is a function of the
+        step, so the step is its state; with another batch size it is the same epoch in this run's steps."""
         state = self.state
         self.epoch, self.best = state["epoch"], state["best"]
-        if self.total_steps == state["total_steps"]:
-            self.step = state["step"]
-            self.schedule.load_state_dict(state["schedule"])
-        else:  # another batch size: the same epoch, in steps of this run
-            self.step = self.epoch * (self.total_steps // self.args.epochs)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # "step() before optimizer.step()"
-                for _ in range(self.step):
-                    self.schedule.step()
+        self.step = self.epoch * (self.total_steps // self.args.epochs)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.ema:
-            self.ema.load_state_dict(
-                {f"module.{k}": v for k, v in state["ema"].items()} | {"n_averaged": torch.tensor(1)}
-            )
+        self.schedule.last_epoch = self.step
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        if self.ema and state["ema"]:
+            self.ema.module.load_state_dict(state["ema"])
+            self.ema.n_averaged.fill_(self.step)  # 0: the first update copies
         if self.env.first:
-            path, kept = self.out / "log.jsonl", []
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # a line cut off by a kill
-                    if json.loads(line).get("epoch", 0) <= self.epoch:
-                        kept.append(line)
-            with write_atomically(path, "w") as file:
-                file.write("".join(f"{line}\n" for line in kept))
-            self.log_file.close()
-            self.open_log()
+            self.cut_log()
             self.write({"resumed_after_epoch": self.epoch, "command": self.args.command, "git": git_revision()})
         self.say(f"resumed {self.args.resume} after epoch {self.epoch}")
+
+    def cut_log(self):
+        """Drop what the log says of later epochs than the checkpoint's, and a line cut off by a kill."""
+        path, kept = self.out / "log.jsonl", []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                if json.loads(line).get("epoch", 0) <= self.epoch:
+                    kept.append(line)
+        with write_atomically(path, "w") as file:
+            file.write("".join(f"{line}\n" for line in kept))
+        self.log_file.close()
+        self.open_log()
 
     def choose_precision(self):
         """--amp -> self.dtype. "auto": bf16 on GPUs that have it, fp16 on others; on a CPU one batch is tried in both
@@ -638,7 +659,8 @@ class Run:
         elif self.state:
             self.dtype = DTYPES[self.state["precision"]]
         elif self.env.device.type == "cuda":
-            self.dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            self.dtype = torch.bfloat16 if native else torch.float16
         else:
             images = torch.randn(min(16, self.args.batch_size), 3, self.args.image_size, self.args.image_size)
             seconds = {}
@@ -699,6 +721,7 @@ class Run:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
+            self.lr = self.optimizer.param_groups[0]["lr"]
             self.schedule.step()
             self.step += 1
             if self.ema:
@@ -726,47 +749,54 @@ class Run:
             means /= self.env.world
         seen = self.parts * self.args.batch_size / self.args.accumulate
         record = {"epoch": epoch + 1, "step": self.step} | dict(zip(names, means.tolist(), strict=True))
-        record |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": seconds, "images_per_second": seen / seconds}
+        record |= {"lr": self.lr, "seconds": seconds, "images_per_second": seen / seconds}
         record["peak_memory_mb"] = peak_memory(self.env.device)
         line, better = f"epoch {epoch + 1}: loss {record['loss']:.4f}", False
         if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs:
             began = time.perf_counter()
+            self.share_buffers()
             record |= self.test()
             if self.ema:
                 record |= {f"raw_{k}": v for k, v in self.test(self.model).items()}
             record["test_seconds"] = time.perf_counter() - began
             better = record["map_points"] > self.best
-            self.best = max(self.best, record["map_points"])
+            self.best = record["map_points"] if better else self.best
             record["best_on_test_map_points"] = self.best
             line += f", mAP {record['map_points']:.2f} (area {record['map_area']:.2f}), OF1 {record['OF1']:.2f}"
         self.say(f"{line}, {seconds:.0f} s, {record['images_per_second']:.0f} images/s")
         self.epoch = epoch + 1
         if self.env.first:
             self.write(record)
-            self.save("last.pt")
+            self.save()
             if better:
-                copy_file(self.out / "last.pt", self.out / "best.pt")
+                with open(self.out / "last.pt", "rb") as last, write_atomically(self.out / "best.pt") as best:
+                    shutil.copyfileobj(last, best)
         return record
 
-    def save(self, name):
-        """Write a checkpoint: a temporary file, then a rename."""
+    def share_buffers(self):
+        """Give every process the first one's BatchNorm statistics: each has seen other images, and all test a part."""
+        if self.env.world > 1:
+            for model in (self.model, self.ema.module) if self.ema else (self.model,):
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)
+
+    def save(self):
+        """Write last.pt: a temporary file, then a rename."""
         state = {
-            "method": self.method,
+            "method": self.args.method,
             "config": self.config,
             "classes": list(self.classes),
             "normalisation": {"mean": list(data.MEAN), "std": list(data.STD)},
             "epoch": self.epoch,
             "step": self.step,
             "best": self.best,
-            "total_steps": self.total_steps,
             "precision": self.precision,
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        with write_atomically(self.out / name) as file:
+        with write_atomically(self.out / "last.pt") as file:
             torch.save(state, file)
 
     # -- testing
@@ -780,7 +810,8 @@ class Run:
         """Metrics in percent of `model` on the test split; the reported model's scores are written to the folder."""
         table = self.test_loader.images.table
         scores = metrics.predict(model or self.reported, self.test_loader, self.env.device, self.autocast())
-        labels = metrics.apply_difficult(table.labels, self.args.difficult_test)
+        unlabelled = (table.labels == -1).all()  # VOC2012's test split: every number is left blank
+        labels = metrics.apply_difficult(table.labels, "ignore" if unlabelled else self.args.difficult_test)
         if model is None and self.env.first:
             metrics.save_scores(self.out / "scores.npz", scores, table, self.args.difficult_test, self.args.threshold)
             metrics.save_per_class(self.out / "per_class.csv", scores, labels, table.classes)
@@ -788,7 +819,7 @@ class Run:
 
     def evaluate(self):
         """--evaluate --checkpoint: the stored model's metrics, in a folder of their own."""
-        self.model.load_state_dict(weights_of(self.state))
+        self.load_weights(weights_of(self.state))
         self.choose_precision()
         self.write_header()
         record = {"checkpoint": str(self.args.checkpoint), "epoch": self.state["epoch"]} | self.test()
@@ -807,17 +838,6 @@ class Run:
             self.say(f"mAP over {record['classes']} classes; {record['classes_left_out']} have no positive image")
         if self.env.first:
             self.say(f"in {self.out}: {', '.join(sorted(p.name for p in self.out.iterdir()))}")
-
-
-def copy_file(source, target):
-    """`target` becomes a second name of `source` (which is never changed, only replaced), or a copy of it."""
-    temporary = Path(f"{target}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, temporary)
-    temporary.replace(target)
 
 
 def git_revision():

@@ -5,7 +5,7 @@ counts as is decided where a loss or a metric is computed, by `targets`.
 
     table = load_split("voc2007", "datasets/voc2007", "trainval")      # file names, labels, optionally boxes
     images = Images(table, size=448, view="square-crop", train=True)   # decoded, augmented, uint8
-    loader = Loader(images, batch=16, train=True, workers=4)
+    loader = Loader(images, batch=16, workers=4)
     for batch in loader.epoch(0): normalise(batch.images.to(device))   # float on the device
 
 Randomness: a training sample is a function of (seed, epoch, index) alone, whatever the number of workers and processes.
@@ -137,8 +137,10 @@ def read_lines(path):
     """Non-empty lines of a text file as (line number, text). CRLF, a BOM and a missing final newline are all fine."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from None
     return [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 
@@ -158,15 +160,21 @@ def voc_folder(name, root):
     )
 
 
+def say(text):
+    """A warning on stderr, from the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
 def read_ids(path):
-    """Image ids of a list file, one a line; further columns are ignored. An id given twice is an error."""
+    """Image ids of a list file -> their line numbers; further columns are ignored. An id given twice is an error."""
     ids = {}
     for number, line in read_lines(path):
         first = line.split()[0]
         if first in ids:
             raise UserError(f"{path}, line {number}: image {first} was already listed in line {ids[first]}")
         ids[first] = number
-    return list(ids)
+    return ids
 
 
 def labels_from_main(base, split, ids, classes):
@@ -227,17 +235,22 @@ def load_split(name, root, split, *, id_list=None, boxes=False, classes=None):
     unknown = [c for c in chosen if c not in known]
     if unknown:
         raise UserError(f"--classes: {unknown[0]!r} is no class of {name}; it has {', '.join(known)}")
+    if len(set(chosen)) < len(chosen):
+        raise UserError(f"--classes: {next(c for c in chosen if chosen.count(c) > 1)!r} is named twice")
     if not id_list and not (main / f"{split}.txt").is_file():
         splits = sorted(p.stem for p in main.glob("*.txt") if "_" not in p.stem)
         raise UserError(f"{main}/{split}.txt: no such file; the splits there are {', '.join(splits) or 'none'}")
-    ids = read_ids(id_list or main / f"{split}.txt")
+    source = id_list or main / f"{split}.txt"
+    lines = read_ids(source)
+    ids, present = list(lines), set(os.listdir(base / "JPEGImages"))
     if not ids:
-        raise UserError(f"{id_list or main / f'{split}.txt'}: no image ids in it")
-
-    present = set(os.listdir(base / "JPEGImages"))
+        raise UserError(f"{source}: no image ids in it")
     missing = [i for i in ids if f"{i}.jpg" not in present]
     if missing:
-        raise UserError(f"{base}/JPEGImages/{missing[0]}.jpg: no such file ({len(missing)} of {len(ids)} missing)")
+        raise UserError(
+            f"{source}, line {lines[missing[0]]}: no image {base}/JPEGImages/{missing[0]}.jpg "
+            f"({len(missing)} of {len(ids)} missing)"
+        )
 
     has_xml, object_boxes = (base / "Annotations").is_dir(), None
     if boxes and not has_xml:
@@ -253,7 +266,7 @@ def load_split(name, root, split, *, id_list=None, boxes=False, classes=None):
         object_boxes = object_boxes if boxes else None
     if not id_list and not list(main.glob(f"*_{split}.txt")):
         labels = np.full((len(ids), len(chosen)), -1, np.int8)
-        print(f"{name} {split}: no label files, scores only")
+        say(f"{name} {split} has no label files: scores only")
     elif not (id_list and has_xml):
         labels = labels_from_main(base, "trainval" if id_list else split, ids, chosen)
     files = [str(base / "JPEGImages" / f"{i}.jpg") for i in ids]
@@ -269,7 +282,7 @@ def warn_about_size(name, split, table):
     known = KNOWN_SIZES.get((name, split), (None,) * 3)
     for what, have, want in zip(("images", "positive labels", "difficult-only labels"), found, known, strict=True):
         if want is not None and have != want:
-            print(f"WARNING: {name} {split} has {have:,} {what}, the published split {want:,}", file=sys.stderr)
+            say(f"WARNING: {name} {split} has {have:,} {what}, the published split {want:,}")
 
 
 def load(args):
@@ -374,7 +387,8 @@ TOY_FREQUENCY = np.linspace(1.4, 0.6, len(TOY_CLASSES)) / len(TOY_CLASSES)  # cl
 
 def draw_toy(root, train=5000, val=500, seed=0):
     """Draw the toy set below `root` in VOC layout, unless it is there. Atomic: a broken drawing leaves no half set."""
-    if Path(root).is_dir() and any(Path(root).iterdir()):
+    root = Path(root)
+    if root.is_dir() and any(root.iterdir()):
         return
     print(f"drawing {train + val:,} toy images into {root}", flush=True)
     temporary = Path(f"{root}.drawing-{os.getpid()}")
@@ -395,7 +409,7 @@ def draw_toy(root, train=5000, val=500, seed=0):
         try:
             temporary.rename(root)
         except OSError:
-            if not (Path(root).is_dir() and any(Path(root).iterdir())):
+            if not (root.is_dir() and any(root.iterdir())):
                 raise  # otherwise another process was faster: its set is the same
     except OSError as error:
         raise UserError(f"cannot draw the toy set into {root}: {error}; choose another --root") from None
@@ -609,8 +623,10 @@ class Loader:
 
 def normalise(images):
     """uint8 (B, 3, H, W) -> float32, ImageNet's mean and deviation, channels last; on whatever device they are."""
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return images.float().div_(255).sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+    images = images.to(torch.float32, memory_format=torch.channels_last)
+    for channel, mean, std in zip(images.unbind(1), MEAN, STD, strict=True):  # numbers: a tensor would stall a GPU
+        channel.sub_(255 * mean).div_(255 * std)
+    return images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -631,8 +647,7 @@ def glove_file():
     path = cache_folder() / GLOVE_MEMBER
     if not path.is_file():
         print(f"word vectors: downloading {GLOVE_URL} (862 MB) to {path}", flush=True)
-        partial = path.with_suffix(f".part-{os.getpid()}")
-        archive = partial.with_suffix(".zip-part")
+        partial, archive = (Path(f"{path}.{kind}-{os.getpid()}") for kind in ("part", "zip-part"))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(GLOVE_URL, str(archive))
@@ -673,18 +688,19 @@ def word_vectors(names, source):
     table = {}
     try:
         if path.suffix == ".npz":
-            content = np.load(path)
-            table = {str(n).lower(): v for n, v in zip(content["names"], content["vectors"], strict=True)}
+            with np.load(path) as content:
+                table = {str(n).lower(): v for n, v in zip(content["names"], content["vectors"], strict=True)}
         else:
             with open(path, encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
+                for line in lines:
                     word, _, numbers = line.rstrip().partition(" ")
                     if word in wanted:
                         table[word] = np.array(numbers.split(), np.float32)
-                        if len(table[word]) != 300:
-                            raise UserError(f"{path}, line {number}: {len(table[word])} numbers, expected 300")
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"--glove {path}: no word vectors in it ({error})") from None
+    for word, vector in table.items():
+        if vector.shape != (300,):
+            raise UserError(f"--glove {path}: {word!r} has {vector.size} numbers, expected 300")
     vectors = []
     for name in names:
         words = [name.lower()] if name.lower() in table else name_words(name)

@@ -269,7 +269,7 @@ def score(args):
 def with_statistics(columns, lines):
     """(lines, columns) with the difference of two columns, or mean and standard deviation of three or more."""
     if len(columns) == 2:
-        return [(n, [*v, f"{v[1] - v[0]:+.2f}"]) for n, v in lines], [*columns, "difference"]
+        return [(n, [*v, f"{v[1] - v[0]:+.2f}".replace("+nan", "-")]) for n, v in lines], [*columns, "difference"]
     if len(columns) > 2:
         return [(n, [*v, float(np.mean(v)), float(np.std(v, ddof=1))]) for n, v in lines], [*columns, "mean", "std"]
     return lines, columns

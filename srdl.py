@@ -8,7 +8,7 @@ In training the most attended rectangle of the most confident classes is erased 
 (OE), so that each class must also be found from its context. Erasing costs nothing at inference.
 
     python srdl.py                                                          toy data, minutes on two CPU cores
-    python srdl.py --data voc2007 --gpus 0,1                                the paper's recipe, on two GPUs
+    python srdl.py --data voc2007 --gpus 0,1 --sync-bn                      the paper's recipe, on two GPUs
     python srdl.py --evaluate --checkpoint runs/srdl/toy/<time>/last.pt     test a trained model
 
 Letters: B images, C classes, D channels, H W map size, P = H*W positions, K erased classes.
@@ -25,16 +25,16 @@ Letters: B images, C classes, D channels, H W map size, P = H*W positions, K era
 | Table 6, rows SD and SAM | SD, SAM |
 
 Differences from the paper. D: it prints something else; "unstated": it is silent, and this is what we chose.
-D1  Eqs. 11, 12 lack the minus sign and sum over classes; we take the mean binary cross-entropy. The scale matters,
-    because Adam's weight decay is L2.
+D1  Eqs. 11, 12 lack the minus sign and sum over images and classes; we take the mean binary cross-entropy. The scale
+    matters, because Adam's weight decay is L2.
 D2  f_s is printed as 2048 -> 2048; an attention per position needs one number: 2048 -> 1.
-D3  A is called the adjacency and V the nodes in Fig. 3, the reverse in the text: here `adjacency` and `nodes`.
+D3  The graph G = {V, A} has A for its nodes and V for its adjacency; here they are `nodes` and `adjacency`.
 D4  "randomly initialised" adjacency: U(0, 1) makes all class embeddings equal (cosine 1.000), so nothing could be
     class-specific. Here V = I + U(-1/C, 1/C), and Vhat = D^-1/2 V D^-1/2 with D the row sums of |V|.
-unstated: two graph layers; LeakyReLU slope 0.2; no bias in f_ca, f_sa, f_w, biases in f_c, f_s; f_w shared by Eqs. 4
-    and 5; features stay at 14x14 (FEATURE_POOL); layer4 and the head are trained, the rest is frozen with its BatchNorm
-    in eval mode (--train-backbone), as in the group's other code; difficult objects of VOC are negatives; ImageNet V1
-    weights; a flat marginal erases nothing; ties between equally wide runs go to the first.
+unstated: two graph layers; LeakyReLU slope 0.2; W^l ~ U(+-1/sqrt(300)); no bias in f_ca, f_sa, f_w, biases in f_c, f_s;
+    f_w shared by Eqs. 4 and 5; features stay at 14x14 (FEATURE_POOL); layer4 and the head are trained, the rest is
+    frozen with its BatchNorm in eval mode (--train-backbone), as in the group's other code; VOC's difficult objects are
+    negatives; ImageNet V1 weights; bicubic resizing; a flat marginal erases nothing; of equally wide runs the first.
 Training crops are resized once, from source pixels, where the paper resizes twice: interpolation detail only.
 The toy recipe (toy data, ResNet-18 from scratch, one-cycle learning rate) is ours.
 """
@@ -51,7 +51,7 @@ from common import UserError
 
 PAPER = {
     "backbone": "resnet101",  # Sec. 4.2, from here on
-    "weights": "v1",  # unstated
+    "weights": "v1",  # unstated: its version
     "image_size": 448,
     "batch_size": 16,
     "epochs": 20,
@@ -59,13 +59,13 @@ PAPER = {
     "weight_decay": 5e-4,
     "schedule": "step",  # x 0.1 every 10 of 20 epochs
     "view": "square-crop",  # 512, crop a side of {512, 448, 384, 320, 256}, resize to 448
-    "interpolation": "bicubic",  # unstated
+    "interpolation": "bicubic",  # unstated: the kind
     "top_k": 3,  # Fig. 6
     "alpha": 0.5,  # Fig. 6
     "glove": "6B",
-    "train_backbone": "layer4",  # unstated
-    "difficult_train": "negative",  # unstated
-    "difficult_test": "negative",  # unstated
+    "train_backbone": "layer4",  # unstated: what is trained
+    "difficult_train": "negative",  # unstated: what difficult objects are
+    "difficult_test": "negative",  # unstated: likewise
     "last_stride": 2,
 }
 RECIPE = {
@@ -80,7 +80,9 @@ BETAS = (0.9, 0.999)  # Sec. 4.2
 FEATURE_POOL = 1  # unstated: 2 would average layer4's 14x14 map to 7x7, as other code of the group does
 WORD_WIDTH = 300  # d' of Eq. 3
 SD_WIDTH = 1024  # SSGRL's and ADD-GCN's intermediate width (rows SD and SAM of Table 6)
-HELD = 2**21  # numbers of a (B, c, P, D) product held at once; changes memory and speed, not values
+# Numbers of a (B, c, P, D) product held at once; changes memory and speed, not values. A CPU likes what fits its
+# caches, a GPU few launches.
+HELD = {"cpu": 2**21, "cuda": 2**25}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,9 +112,9 @@ class ClassGraph(nn.Module):
 # sums over D and maxima over P are kept of it, so it is computed for a few classes at a time and never stored.
 
 
-def class_chunks(b, p, d, *tensors):
-    """Split each tensor's class dimension (the one before the last) so that at most HELD numbers (B, c, P, D) exist."""
-    chunk = max(1, HELD // (b * p * d))
+def class_chunks(f, *tensors):
+    """Split each tensor's class dimension (the last but one) so that few enough numbers (B, c, P, D) of f's exist."""
+    chunk = max(1, HELD[f.device.type] // f.numel())
     return zip(*(t.split(chunk, -2) for t in tensors), strict=True)
 
 
@@ -122,7 +124,7 @@ class TanhScore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, w, v):
         ctx.save_for_backward(u, w, v)
-        return torch.cat([(u[:, None] * w_c[:, None]).tanh_() @ v for (w_c,) in class_chunks(*u.shape, w)], 1)
+        return torch.cat([(u[:, None] * w_c[:, None]).tanh_() @ v for (w_c,) in class_chunks(u, w)], 1)
 
     @staticmethod
     def backward(ctx, grad):
@@ -151,7 +153,7 @@ def class_features(f, sa, ca):
     `.amax` would split the gradient); give float32, bf16 ties often.
     """
     with torch.no_grad():
-        maps = (f[:, None] * (sa_c[..., None] + ca_c[:, :, None]) for sa_c, ca_c in class_chunks(*f.shape, sa, ca))
+        maps = (f[:, None] * (sa_c[..., None] + ca_c[:, :, None]) for sa_c, ca_c in class_chunks(f, sa, ca))
         if not (f.requires_grad or sa.requires_grad or ca.requires_grad):
             return torch.cat([m.amax(2) for m in maps], 1)
         at = torch.cat([m.max(2).indices for m in maps], 1)  # (B, C, D)
@@ -189,18 +191,26 @@ class CAR(nn.Module):
         self.f_s = nn.Linear(width, 1) if spatial_attention else None  # D2
         self.classifier = ClassLinear(classes, width)
         self.scale = 0.5 if channel_attention and spatial_attention else 1.0  # Eq. 6's, without a partner dropped
-        self.cached = None, None
+        self.kept, self.kept_for = None, None
+
+    def train(self, mode=True):
+        self.kept_for = None  # fused optimizers change parameters without counting it in their _version
+        return super().train(mode)
 
     def class_weights(self):
-        """w = f_w(x_c) (C, D); it does not depend on the image, so inference keeps it until a parameter changes."""
+        """w = f_w(x_c) (C, D). It does not depend on the image: inference keeps it until train(), eval() or an in-place
+        change of a parameter."""
+        if torch.is_grad_enabled():
+            return self.embed()
         sources = [self.nodes, self.f_w.weight, *(self.graph.parameters() if self.graph else ())]
-        key = None if torch.is_grad_enabled() else [(p.data_ptr(), p._version) for p in sources]
-        if key is None or self.cached[0] != key:
-            with torch.autocast(self.nodes.device.type, enabled=False):
-                w = self.f_w(self.graph(self.nodes) if self.graph else self.nodes)  # (C, D)
-            self.cached = (key, w) if key else (None, None)
-            return w
-        return self.cached[1]
+        versions = [(t.data_ptr(), t._version) for t in sources]
+        if self.kept_for != versions:
+            self.kept, self.kept_for = self.embed(), versions
+        return self.kept
+
+    def embed(self):
+        with torch.autocast(self.nodes.device.type, enabled=False):
+            return self.f_w(self.graph(self.nodes) if self.graph else self.nodes)  # (C, D)
 
     def attend(self, f):
         """F (B, P, D) -> SA (B, C, P) (Eq. 5) and CA (B, C, D) (Eq. 4); zeros where the attention is switched off."""
@@ -279,10 +289,8 @@ class GAP(nn.Module):
             return self.classifier(f.mean(1))
 
     def maps(self, f):
-        """Class activation maps (B, C, P), each scaled to [0, 1]."""
-        cam = self.classifier(f).to(f).transpose(1, 2)  # (B, C, P)
-        low, high = cam.amin(2, keepdim=True), cam.amax(2, keepdim=True)
-        return (cam - low) / (high - low).clamp(min=1e-6)
+        """Class activation maps (B, C, P)."""
+        return self.classifier(f).to(f).transpose(1, 2)
 
 
 class SD(nn.Module):
@@ -297,16 +305,12 @@ class SD(nn.Module):
         self.fc_a = nn.Linear(SD_WIDTH, 1, bias=False)
         self.classifier = ClassLinear(len(nodes), width)
 
-    def attend(self, f):
+    def maps(self, f):
         v = (self.fc_a.weight @ self.fc3.weight)[0]  # the last two layers are one linear map of the tanh
         return tanh_score(self.fc1(f).to(f), self.fc2(self.nodes).to(f), v.to(f)).softmax(2)  # (B, C, P)
 
     def forward(self, f):
-        return self.classifier((self.attend(f) @ f).to(f))  # (B, C)
-
-    def maps(self, f):
-        weights = self.attend(f)
-        return weights / weights.amax(2, keepdim=True)
+        return self.classifier((self.maps(f) @ f).to(f))  # (B, C)
 
 
 class SAM(nn.Module):
@@ -332,17 +336,17 @@ class SAM(nn.Module):
 class SRDL(nn.Module):
     """images (B, 3, S, S) -> logits (B, C) in eval mode; (logits, erased logits or None) in training.
 
-    head: "car", "gap", "sd" or "sam"; nodes: word vectors (C, 300); top_k 0: no erasing. `class_dims` names the tensors
-    whose rows belong to classes, for --init-from.
+    head: "car", "gap", "sd" or "sam"; nodes: word vectors (C, 300); top_k 0: no erasing. `class_dims`: tensors whose
+    first dimension, or first two, belong to classes, for --init-from.
     """
 
     class_dims = {
-        "head.graph.adjacency": (0, 1),
-        "head.nodes": (0,),
-        "head.classifier.weight": (0,),
-        "head.classifier.bias": (0,),
-        "head.mask.weight": (0,),
-        "head.mask.bias": (0,),
+        "head.graph.adjacency": 2,
+        "head.nodes": 1,
+        "head.classifier.weight": 1,
+        "head.classifier.bias": 1,
+        "head.mask.weight": 1,
+        "head.mask.bias": 1,
     }
 
     def __init__(self, backbone, nodes, head="car", top_k=3, alpha=0.5, **car_options):
@@ -361,7 +365,7 @@ class SRDL(nn.Module):
         f = self.backbone(images)[2]  # (B, D, H, W)
         if FEATURE_POOL > 1:
             f = nnf.avg_pool2d(f, FEATURE_POOL)
-        # From here on float32, whatever --amp: sums over D, and maxima and scores that must not tie.
+        # Linear layers follow --amp; sums over D, maxima and logits are float32 from here on, so that they do not tie.
         return f.flatten(2).transpose(1, 2).float(), f.shape[2:]
 
     def forward(self, images):
@@ -377,14 +381,14 @@ class SRDL(nn.Module):
 
     @torch.no_grad()
     def look(self, images):
-        """For pictures: probabilities (B, C), maps (B, C, H, W) in [0, 1], erased rectangles (B, C, H, W) or None."""
+        """For pictures: probabilities (B, C), maps (B, C, H, W), erased rectangles (B, C, H, W) or None."""
         f, size = self.features(images)
         if isinstance(self.head, CAR):
-            maps = self.head.attend(f)[0].unflatten(2, size)
-            boxes = erased_rectangle(maps, self.alpha) if self.top_k else None
+            sa, ca = self.head.attend(f)
+            logits, maps = self.head.classify(f, sa, ca), sa.unflatten(2, size)
         else:
-            maps, boxes = self.head.maps(f).unflatten(2, size), None
-        return self(images).float().sigmoid(), maps, boxes
+            logits, maps = self.head(f), self.head.maps(f).unflatten(2, size)
+        return logits.sigmoid(), maps, erased_rectangle(maps, self.alpha) if self.top_k else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,8 +396,9 @@ class SRDL(nn.Module):
 
 
 def draw_attention(run, path, count=8, tile=242):
-    """`count` test images chosen by the seed, each with the spatial attention of its three most confident classes and,
-    where objects are erased in training, the rectangle; 1,000 pixels wide."""
+    """`count` test images chosen by the seed, each with the spatial attention of its three most confident classes, low
+    blue to high red over the range that is written below, and, where objects are erased in training, the rectangle;
+    1,000 pixels wide."""
     table, model = run.test_loader.images.table, run.reported.eval()
     chosen = np.random.default_rng(run.args.seed).permutation(len(table))[:count]
     best = min(3, len(table.classes))
@@ -406,13 +411,14 @@ def draw_attention(run, path, count=8, tile=242):
         photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((tile, tile), Image.BICUBIC)
         tiles = [(photo, "")]
         for c in p.argsort(descending=True)[:best].tolist():
-            shown = common.heat_overlay(photo, maps[c])
+            low, high = maps[c].min(), maps[c].max()
+            shown = common.heat_overlay(photo, (maps[c] - low) / (high - low).clamp(min=1e-6))
             if gone is not None and gone[c].any():
                 cell = tile / gone.shape[1], tile / gone.shape[2]
                 ys, xs = (gone[c].any(axis).nonzero().flatten() for axis in (1, 0))
                 box = (xs[0] * cell[1], ys[0] * cell[0], (xs[-1] + 1) * cell[1] - 1, (ys[-1] + 1) * cell[0] - 1)
                 ImageDraw.Draw(shown).rectangle([float(v) for v in box], outline="white", width=3)
-            tiles.append((shown, f"{table.classes[c]}  {p[c]:.2f}"))
+            tiles.append((shown, f"{table.classes[c]} {p[c]:.2f}, map {low:.2g} to {high:.2g}"))
         names = {
             "predicted": [n for n, v in zip(table.classes, p, strict=True) if v >= run.args.threshold],
             "true": [n + " (difficult)" * int(y < 0) for n, y in zip(table.classes, labels, strict=True) if y],
@@ -420,7 +426,7 @@ def draw_attention(run, path, count=8, tile=242):
         top = row * (tile + 52)
         for column, (shown, text) in enumerate(tiles):
             picture.paste(shown, (column * (tile + 8) + 4, top))
-            common.write_text(picture, (column * (tile + 8) + 6, top + tile + 2), text)
+            common.write_text(picture, (column * (tile + 8) + 6, top + tile + 2), text, 13)
         for line, (what, found) in enumerate(names.items()):
             text = f"{what}: {', '.join(found) or 'nothing'}"
             common.write_text(picture, (6, top + tile + 2 + 20 * line), text, 14, "black" if line else (30, 60, 200))
@@ -439,7 +445,7 @@ def parse(argv=None):
     add("--no-gcn", action="store_true", help="Table 6: class embeddings are the word vectors themselves")
     add("--no-channel-attention", action="store_true", help="Table 6: w/o CA")
     add("--no-spatial-attention", action="store_true", help="Table 6: w/o SA; nothing is left to erase")
-    add("--top-k", type=common.positive_int, metavar="K", help="Fig. 6: erase the K most confident classes")
+    add("--top-k", type=common.at_least(1), metavar="K", help="Fig. 6: erase the K most confident classes")
     add("--alpha", type=float, help="Fig. 6: erase where the scaled marginal is at least this")
     add("--glove", metavar="FILE", help="word vectors: glove text file or .npz; 6B: downloaded once; hash: stand-in")
     add("--train-backbone", choices=("layer4", "all"), help="train the last stage, or everything")
@@ -458,23 +464,24 @@ def parse(argv=None):
     erasing = [f"--{n.replace('_', '-')}" for n in ("top_k", "alpha") if n in args.given]
     if args.no_erase and erasing:
         parser.error(f"{erasing[0]} has no effect: nothing is erased with this head or these switches")
-    if not 0 < args.alpha <= 1:
-        parser.error(f"--alpha {args.alpha}: expected a number in (0, 1]")
+    if not 0 < args.alpha < 1:
+        parser.error(f"--alpha {args.alpha}: expected a number in (0, 1)")
     return args
 
 
 def build(args, classes):
-    """The network of the command line. Word vectors are read unless a checkpoint is about to bring them."""
+    """The network of the command line. Pretrained weights and word vectors are read unless a checkpoint brings them."""
+    stored = args.checkpoint or args.resume
     backbone = common.Backbone(
         args.backbone,
-        "none" if args.checkpoint or args.resume else args.weights,
+        "none" if stored else args.weights,
         last_stride=args.last_stride,
         frozen=() if args.train_backbone == "all" else ("to8", "to16"),
     )
     nodes = torch.zeros(len(classes), WORD_WIDTH)
-    if args.head in ("car", "sd") and not (args.checkpoint or args.resume):
+    if args.head in ("car", "sd") and not stored:
         nodes = torch.from_numpy(data.word_vectors(classes, args.glove))
-    if not args.no_erase and args.top_k > len(classes):
+    if not args.no_erase and not stored and args.top_k > len(classes):
         raise UserError(f"--top-k {args.top_k} is more than the {len(classes)} classes of {args.data}")
     options = {}
     if args.head == "car":
@@ -488,17 +495,21 @@ def main(args):
     train, test = common.load_data(args, env)
     with common.first_process_first(env):
         model = build(args, test.classes)
-    run = common.Run("srdl", args, env, model, train, test)
+    run = common.Run(args, env, model, train, test)
     if args.evaluate:
         record = run.evaluate()
     else:
         trained = [p for p in model.parameters() if p.requires_grad]
         # Adam's own weight decay is L2, not AdamW's
         optimizer = torch.optim.Adam(trained, args.lr, BETAS, weight_decay=args.weight_decay, fused=True)
-        if args.schedule == "step":  # 10 of 20 epochs are half the run
-            schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, run.total_steps // 2), 0.1)
+        if args.schedule == "step":
+            drop = (run.total_steps + 1) // 2  # after 10 of 20 epochs
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1 ** (step // max(drop, 1)))
+            run.say(f"learning rate x0.1 after step {drop}")
         else:
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, max(run.total_steps, 1))
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, args.lr, max(run.total_steps, 1), cycle_momentum=False
+            )
         net = run.prepare(optimizer, schedule)
         record = None
         for epoch in run.epochs():
@@ -506,12 +517,10 @@ def main(args):
                 y = data.targets(labels, args.difficult_train).float()  # (B, C)
                 with run.autocast():
                     logits, erased = net(images)  # (B, C) each
-                loss = l_ori = nnf.binary_cross_entropy_with_logits(logits.float(), y)  # Eq. 11, D1
-                terms = {"L_ori": l_ori}
+                terms = {"L_ori": nnf.binary_cross_entropy_with_logits(logits, y)}  # Eq. 11, D1
                 if erased is not None:
-                    l_era = nnf.binary_cross_entropy_with_logits(erased.float(), y)  # Eq. 12, over all classes
-                    loss, terms["L_era"] = l_ori + l_era, l_era  # Eq. 13
-                run.update(loss, **terms)
+                    terms["L_era"] = nnf.binary_cross_entropy_with_logits(erased, y)  # Eq. 12, over all classes
+                run.update(sum(terms.values()), **terms)  # Eq. 13
             record = run.finish_epoch(epoch)
         record = record or run.test()  # resumed after the last epoch
     if env.first:

@@ -47,6 +47,11 @@ def test_toy_is_deterministic_and_drawn_once(toy, tmp_path):
     assert folder.stat().st_mtime_ns == before
 
 
+def test_a_root_with_a_final_slash_serves_as_well(tmp_path):
+    data.draw_toy(f"{tmp_path}/toy/", 2, 1)
+    assert len(data.load_split("toy", f"{tmp_path}/toy/", "train")) == 2
+
+
 def test_a_broken_drawing_leaves_nothing(tmp_path, monkeypatch):
     def fail(base, index, seed):
         if index == 2:
@@ -171,7 +176,7 @@ def test_a_class_list_selects_and_orders(voc):
         ("ImageSets/Main/cat_trainval.txt", "000001 1\n000002 2\n", r"cat_trainval\.txt, line 2: expected"),
         ("ImageSets/Main/cat_trainval.txt", "000001 1\nxx\n", r"cat_trainval\.txt, line 2: expected"),
         ("ImageSets/Main/cat_trainval.txt", "000001 1\n", r"cat_trainval\.txt: no row for image 000002"),
-        ("ImageSets/Main/trainval.txt", "000001\n000009\n", r"000009\.jpg: no such file"),
+        ("ImageSets/Main/trainval.txt", "000001\n000009\n", r"trainval\.txt, line 2: no image .*000009\.jpg"),
         ("ImageSets/Main/trainval.txt", "000001\n000001\n", r"trainval\.txt, line 2: image 000001 was already"),
         ("ImageSets/Main/trainval.txt", "\n", "no image ids"),
         ("Annotations/000002.xml", annotation(("dog", 0), ("unicorn", 0)), r"000002\.xml, line 3: unknown .*'unicorn'"),
@@ -192,6 +197,8 @@ def test_wrong_root_split_and_class_say_what_is_there(voc):
         data.load_split("voc2007", voc.root, "val")
     with pytest.raises(UserError, match="'zebra' is no class of voc2007"):
         data.load_split("voc2007", voc.root, "trainval", classes=["zebra"])
+    with pytest.raises(UserError, match="'dog' is named twice"):
+        data.load_split("voc2007", voc.root, "trainval", classes=["dog", "dog"])
     with pytest.raises(UserError, match=r"none\.txt: no such file"):
         data.load_split("voc2007", voc.root, "trainval", id_list="none.txt")
 
@@ -383,11 +390,20 @@ def test_an_npz_holds_whole_names_first(tmp_path):
     assert np.array_equal(data.word_vectors(["cat", "diningtable"], tmp_path / "g.npz"), vectors[[2, 0]])
 
 
+def test_a_broken_npz_is_named(tmp_path):
+    np.savez(tmp_path / "narrow.npz", names=np.array(["dog"]), vectors=np.ones((1, 50)))
+    np.savez(tmp_path / "other.npz", words=np.ones(3))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "narrow.npz").read_bytes()[:40])
+    for name, message in (("narrow", "'dog' has 50 numbers"), ("other", "no word vectors"), ("cut", "no word vectors")):
+        with pytest.raises(UserError, match=f"{name}.npz: {message}"):
+            data.word_vectors(["dog"], tmp_path / f"{name}.npz")
+
+
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
         (lambda p: write_glove(p, ["dining", "dog"]), "'table' of class 'diningtable'"),
-        (lambda p: write_glove(p, ["dining", "table"], 50), "line 1: 50 numbers, expected 300"),
+        (lambda p: write_glove(p, ["dining", "table"], 50), "'dining' has 50 numbers, expected 300"),
         (lambda p: p.write_text("dining a b\n"), "no word vectors in it"),
         (lambda p: None, "No such file"),
     ],
