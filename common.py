@@ -824,7 +824,6 @@ class Run:
         self.write_header()
         record = {"checkpoint": str(self.args.checkpoint), "epoch": self.state["epoch"]} | self.test()
         self.write(record)
-        self.report(record)
         return record
 
     def report(self, record):

@@ -396,20 +396,21 @@ class SRDL(nn.Module):
 
 
 def draw_attention(run, path, count=8, tile=242):
-    """`count` test images chosen by the seed, each with the spatial attention of its three most confident classes, low
-    blue to high red over the range that is written below, and, where objects are erased in training, the rectangle;
-    1,000 pixels wide."""
+    """`count` test images chosen by the seed, each with the map of its three most confident classes, scaled to the
+    range that is written below, and, where objects are erased in training, the rectangle; 1,000 pixels wide."""
     table, model = run.test_loader.images.table, run.reported.eval()
     chosen = np.random.default_rng(run.args.seed).permutation(len(table))[:count]
     best = min(3, len(table.classes))
-    picture = Image.new("RGB", (4 * (tile + 8), len(chosen) * (tile + 52)), "white")
+    picture = Image.new("RGB", (4 * (tile + 8), 26 + len(chosen) * (tile + 70)), "white")
+    legend = "map: blue low, red high" + "; white: the rectangle that training erases" * bool(model.top_k)
+    common.write_text(picture, (6, 2), legend)
     for row, index in enumerate(chosen):
         image, labels, _, _ = run.test_loader.images[0, index]
         with run.autocast():
             batch = data.normalise(image[None].to(run.env.device))
             p, maps, gone = (x if x is None else x[0].float().cpu() for x in model.look(batch))
         photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((tile, tile), Image.BICUBIC)
-        tiles = [(photo, "")]
+        tiles = [(photo, str(table.names[index]))]
         for c in p.argsort(descending=True)[:best].tolist():
             low, high = maps[c].min(), maps[c].max()
             shown = common.heat_overlay(photo, (maps[c] - low) / (high - low).clamp(min=1e-6))
@@ -423,13 +424,13 @@ def draw_attention(run, path, count=8, tile=242):
             "predicted": [n for n, v in zip(table.classes, p, strict=True) if v >= run.args.threshold],
             "true": [n + " (difficult)" * int(y < 0) for n, y in zip(table.classes, labels, strict=True) if y],
         }
-        top = row * (tile + 52)
+        top = 26 + row * (tile + 70)
         for column, (shown, text) in enumerate(tiles):
             picture.paste(shown, (column * (tile + 8) + 4, top))
             common.write_text(picture, (column * (tile + 8) + 6, top + tile + 2), text, 13)
         for line, (what, found) in enumerate(names.items()):
             text = f"{what}: {', '.join(found) or 'nothing'}"
-            common.write_text(picture, (6, top + tile + 2 + 20 * line), text, 14, "black" if line else (30, 60, 200))
+            common.write_text(picture, (6, top + tile + 22 + 20 * line), text, 14, "black" if line else (30, 60, 200))
     picture.save(path)
 
 
@@ -529,7 +530,7 @@ def main(args):
             draw_attention(run, run.out / "figures" / "attention.png")
         if not args.evaluate:
             common.draw_curves(run.out / "log.jsonl", run.out / "figures" / "curves.png")
-            run.report(record)
+    run.report(record)
     return record
 
 

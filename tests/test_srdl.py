@@ -333,11 +333,11 @@ def test_sam_equals_its_description():
     assert torch.allclose(head(f.flatten(2).transpose(1, 2)), logits, rtol=1e-6, atol=1e-7)
 
 
-def test_maps_lie_between_0_and_1():
+def test_class_activation_maps_average_to_the_logits():
     flat = some_features(3).flatten(2).transpose(1, 2).float()
-    for head in (srdl.GAP(11, 7), srdl.SD(11, nodes_of(7)), srdl.SAM(11, 7)):
-        maps = head.maps(flat)
-        assert maps.shape == (3, 7, 15) and 0 <= maps.min() and maps.max() <= 1 + 1e-6
+    head = srdl.GAP(11, 7)
+    maps = head.maps(flat)
+    assert maps.shape == (3, 7, 15) and torch.allclose(maps.mean(2), head(flat), atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
