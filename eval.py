@@ -45,6 +45,28 @@ def precision_at_positives(scores, positive):
     return np.arange(1, len(found) + 1) / rank
 
 
+def precisions(scores, labels):
+    """One array per class: the precision at each of its positives, best ranked first. See `average_precision`."""
+    scores, labels = check(scores, labels)
+    for score, label in zip(scores.T.copy(), labels.T.copy(), strict=True):
+        seen = label >= 0
+        if not seen.all():
+            score, label = score[seen], label[seen]
+        yield precision_at_positives(score, label == 1)
+
+
+def mean_precision(precision, kind):
+    """AP in [0, 1] of one class from its precision at each positive; NaN when there is none."""
+    if not len(precision):
+        return math.nan
+    if kind != "points":  # envelope: the best precision at this recall or a higher one
+        precision = np.maximum.accumulate(precision[::-1])[::-1]
+    if kind == "11point":
+        recall = np.arange(1, len(precision) + 1) / len(precision)
+        precision = precision[np.searchsorted(recall, np.arange(0, 1.1, 0.1).clip(max=1))]
+    return precision.mean()
+
+
 def average_precision(scores, labels, kind="points"):
     """AP per class in [0, 1], float64 (C,); NaN for a class without positives. kind: "points", "area" or "11point".
 
@@ -52,22 +74,7 @@ def average_precision(scores, labels, kind="points"):
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r}: expected one of {', '.join(KINDS)}")
-    scores, labels = check(scores, labels)
-    result = np.full(scores.shape[1], np.nan)
-    for c, (score, label) in enumerate(zip(scores.T.copy(), labels.T.copy(), strict=True)):
-        seen = label >= 0
-        if not seen.all():
-            score, label = score[seen], label[seen]
-        precision = precision_at_positives(score, label == 1)
-        if not len(precision):
-            continue
-        if kind != "points":  # envelope: the best precision at this recall or a higher one
-            precision = np.maximum.accumulate(precision[::-1])[::-1]
-        if kind == "11point":
-            recall = np.arange(1, len(precision) + 1) / len(precision)
-            precision = precision[np.searchsorted(recall, np.arange(0, 1.1, 0.1).clip(max=1))]
-        result[c] = precision.mean()
-    return result
+    return np.array([mean_precision(p, kind) for p in precisions(scores, labels)], np.float64)
 
 
 def precision_recall_f1(scores, labels, threshold=0.5, top=None):
@@ -126,10 +133,11 @@ def summary(scores, labels, threshold=0.5, min_positives=1, eleven_point=False):
     The means over AP take the classes with at least `min_positives` positives.
     """
     counted = (np.asarray(labels) == 1).sum(0) >= max(min_positives, 1)
+    curves = [p for p, known in zip(precisions(scores, labels), counted, strict=True) if known]
     row = {}
     for kind in KINDS[: 3 if eleven_point else 2]:
-        aps = average_precision(scores, labels, kind)[counted]
-        row[f"map_{kind}"] = 100 * float(aps.mean()) if len(aps) else math.nan
+        aps = [mean_precision(p, kind) for p in curves]
+        row[f"map_{kind}"] = 100 * float(np.mean(aps)) if aps else math.nan
     for prefix, top in (("", None), ("top3_", 3)):
         values = precision_recall_f1(scores, labels, threshold, top)
         row |= {prefix + name: 100 * value for name, value in values.items()}
@@ -193,9 +201,10 @@ def load_scores(path):
 
 def per_class(scores, labels, classes):
     """Rows (class, positives, AP points, AP area) with AP in percent."""
-    points, area = (100 * average_precision(scores, labels, kind) for kind in ("points", "area"))
-    positives = (np.asarray(labels) == 1).sum(0)
-    return [(str(c), int(n), float(p), float(a)) for c, n, p, a in zip(classes, positives, points, area, strict=True)]
+    return [
+        (str(name), len(p), *(100 * float(mean_precision(p, kind)) for kind in ("points", "area")))
+        for name, p in zip(classes, precisions(scores, labels), strict=True)
+    ]
 
 
 def save_per_class(path, scores, labels, classes):
