@@ -53,7 +53,6 @@ from data import UserError, write_atomically
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
-NEAREST = {"voc2012": "voc2007"}  # a set without a recipe takes this one's
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "mobilenet_v2")
 
 
@@ -68,7 +67,7 @@ def arguments(description):
     """Parser with the flags that all four scripts share. Defaults that depend on --data come from the RECIPE."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=Help)
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="toy", choices=tuple(data.VOC_SETS), help="data set")
+    add("--data", default="toy", type=data.set_name, help=f"{', '.join(data.SPLITS)}, or your own FILE.csv")
     add("--root", metavar="DIR", help="its folder (default: datasets/<data>; toy is drawn there)")
     add("--train-split", help="split to train on")
     add("--test-split", help="split to test on")
@@ -77,6 +76,7 @@ def arguments(description):
     add("--classes", metavar="FILE", help="use only the classes named in FILE, one a line, in that order")
     add("--difficult-train", choices=("negative", "positive"), help="what difficult objects count as in training")
     add("--difficult-test", choices=("ignore", "negative", "positive"), help="and when testing")
+    add("--coco-images", choices=("labelled", "all"), default="labelled", help="of COCO: which images")
     add("--limit", type=at_least(1), metavar="N", help="first N images of train and of test after a seeded shuffle")
     add(
         "-j",
@@ -126,6 +126,11 @@ def at_least(low):
     return integer
 
 
+def recipe_of(name, recipe):
+    """The set whose recipe serves `name`: its own, voc2007's for voc2012, else coco's."""
+    return name if name in recipe else "voc2007" if name == "voc2012" else "coco"
+
+
 def default_workers():
     return max(1, min(8, (os.cpu_count() or 2) // 2))
 
@@ -140,9 +145,8 @@ def parse(parser, argv, recipe, method):
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     scan.add_argument("--data", default="toy")
     name = scan.parse_known_args(argv)[0].data
-    parser.set_defaults(**recipe.get(NEAREST.get(name, name), {}))  # so that --help prints this data set's numbers
-    if name in data.VOC_SETS:
-        parser.set_defaults(train_split=data.VOC_SETS[name][2], test_split=data.VOC_SETS[name][3])
+    parser.set_defaults(**recipe[recipe_of(name, recipe)])  # so that --help prints this data set's numbers
+    parser.set_defaults(**dict(zip(("train_split", "test_split"), data.default_splits(name), strict=True)))
     flags = [action.dest for action in parser._actions]
     typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(flags))))
     given = {k: typed[k] for k in flags if typed.get(k) is not None}
@@ -156,7 +160,9 @@ def parse(parser, argv, recipe, method):
         values |= {"train_split": parser.get_default("train_split"), "test_split": parser.get_default("test_split")}
         values |= dict.fromkeys(("root", "train_list", "val_list", "classes"))
     args = argparse.Namespace(**(values | given))
-    args.method, args.recipe, args.given = method, NEAREST.get(args.data, args.data), sorted(given)
+    if args.data.endswith(".csv") and args.root:
+        parser.error("--root has no effect with a .csv: its image paths are relative to the file")
+    args.method, args.recipe, args.given = method, recipe_of(args.data, recipe), sorted(given)
     args.command = shlex.join([f"{method}.py", *argv])
     args.resume = str(origin) if origin and args.resume else None
     args.checkpoint = str(origin) if args.checkpoint else None
@@ -164,7 +170,7 @@ def parse(parser, argv, recipe, method):
         args.out = args.out or str(origin.parent)
         if Path(args.out).resolve() != origin.parent.resolve():
             parser.error(f"--resume goes on in {origin.parent}; --init-from starts another run from its weights")
-    args.out = args.out or str(Path("runs", method, args.data, time.strftime("%Y%m%d-%H%M%S")))
+    args.out = args.out or str(Path("runs", method, Path(args.data).stem, time.strftime("%Y%m%d-%H%M%S")))
     if args.evaluate != bool(args.checkpoint):
         parser.error("--evaluate and --checkpoint FILE belong together")
     if len({"resume", "init_from", "evaluate"} & given.keys()) > 1 and (args.resume or args.evaluate):
@@ -195,7 +201,7 @@ def stored_configuration(method, given):
     """
     name = given.get("resume") or given.get("checkpoint")
     if name == "auto":
-        folder = Path(given["out"]) if "out" in given else Path("runs", method, given.get("data", "toy"))
+        folder = Path(given["out"]) if "out" in given else Path("runs", method, Path(given.get("data", "toy")).stem)
         found = folder.glob("last.pt" if "out" in given else "*/last.pt")
         name = max(found, key=lambda path: path.stat().st_mtime, default=None)
     if not name:
@@ -493,7 +499,7 @@ class Run:
         self.model = model.to(env.device, memory_format=torch.channels_last)
         size, seed, pin = args.image_size, args.seed, env.device.type == "cuda"
         options = {"workers": args.workers, "rank": env.rank, "world": env.world, "pin_memory": pin}
-        images = data.Images(test, size, interpolation=args.interpolation)
+        images = data.Images(test, size, args.view, args.interpolation)
         self.test_loader = data.Loader(images, args.batch_size, **options)
         if train is not None:
             images = data.Images(train, size, args.view, args.interpolation, train=True, seed=seed)
@@ -707,7 +713,7 @@ class Run:
             last = self.parts % self.args.accumulate == 0  # gradients are exchanged with the last part only
             with contextlib.nullcontext() if last or self.env.world == 1 else self.net.no_sync():
                 images, labels = (t.to(self.env.device, non_blocking=True) for t in batch[:2])
-                yield data.normalise(images), labels
+                yield data.normalise(images, batch.inside), labels
             self.bar.update()
 
     def update(self, loss, **terms):

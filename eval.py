@@ -160,7 +160,7 @@ def predict(model, loader, device, autocast):
     scores = torch.zeros(len(table), len(table.classes), device=device)
     for batch in loader.epoch():
         with autocast:
-            logits = model(normalise(batch.images.to(device, non_blocking=True)))
+            logits = model(normalise(batch.images.to(device, non_blocking=True), batch.inside))
         scores[batch.index.to(device)] = logits.float()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(scores)
@@ -293,7 +293,8 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def main(argv=None):
+def arguments():
+    """Parser of `python eval.py`."""
     parser = argparse.ArgumentParser(description="Metrics of score files.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("score", help="metrics of one or more scores.npz, side by side", allow_abbrev=False)
@@ -309,7 +310,11 @@ def main(argv=None):
     command.add_argument("--threshold", type=float, help="probability from which a class is predicted (default: run's)")
     command.add_argument("--eleven-point", action="store_true", help="also VOC2007's 11-point AP")
     command.add_argument("--json", action="store_true", help="print JSON; a value without positives is null")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = arguments().parse_args(argv)
     try:
         args.run(args)
     except UserError as error:

@@ -405,7 +405,7 @@ def draw_attention(run, path, count=8, tile=242):
     legend = "map: blue low, red high" + "; white: the rectangle that training erases" * bool(model.top_k)
     common.write_text(picture, (6, 2), legend)
     for row, index in enumerate(chosen):
-        image, labels, _, _ = run.test_loader.images[0, index]
+        image, labels, *_ = run.test_loader.images[0, index]
         with run.autocast():
             batch = data.normalise(image[None].to(run.env.device))
             p, maps, gone = (x if x is None else x[0].float().cpu() for x in model.look(batch))

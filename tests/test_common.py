@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -603,3 +604,39 @@ def test_heat_is_blue_where_low_and_red_where_high():
     heat[:, 2:] = 1
     pixels = np.asarray(common.heat_overlay(Image.new("RGB", (40, 40)), heat)).astype(int)
     assert (pixels[:, 30:, 0] > pixels[:, 30:, 2]).all() and (pixels[:, :8, 2] > pixels[:, :8, 0]).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README
+
+
+def readme_commands():
+    """The commands of README.md's indented blocks, continued lines joined, comments after two spaces cut off."""
+    lines, joined = Path("README.md").read_text(encoding="utf-8").splitlines(), []
+    for line in lines:
+        if joined and joined[-1].endswith("\\"):
+            joined[-1] = joined[-1][:-1] + line.strip()
+        elif line.startswith("    "):
+            joined.append(line.strip())
+    return [re.split(r"\s{2,}", command)[0] for command in joined]
+
+
+def test_readme_commands_parse(run):
+    _, folder = run()
+    parsers = {"srdl.py": srdl.parse, "eval.py": metrics.arguments().parse_args, "data.py": data.arguments().parse_args}
+    parsed = []
+    for command in readme_commands():
+        words = [word.replace("RUN", str(folder)) for word in shlex.split(command)]
+        script = next((word for word in words if word in parsers), None)
+        if script and words[0] in ("python", "torchrun"):
+            parsers[script](words[words.index(script) + 1 :])
+            parsed.append(script)
+    assert set(parsed) == set(parsers) and len(parsed) > 12
+
+
+def test_readme_test_command_is_what_ci_runs():
+    first, second = (c for c in readme_commands() if c.startswith("python3 -m venv"))
+    assert first.endswith("&& .venv/bin/python srdl.py")
+    ci = Path(".ci/run").read_text()
+    for step in second.split(" && "):
+        assert step.replace("venv .venv", "venv --clear .venv").replace("install -r", "install -q -r") in ci
