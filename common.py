@@ -56,16 +56,9 @@ from data import UserError, write_atomically
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "mobilenet_v2")
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Prints the default of every flag that has one."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
-
-
 def arguments(description):
     """Parser with the flags that all four scripts share. Defaults that depend on --data come from the RECIPE."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=Help)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=data.Help)
     add = parser.add_argument_group("data").add_argument
     add("--data", default="toy", type=data.set_name, help=f"{', '.join(data.SPLITS)}, or your own FILE.csv")
     add("--root", metavar="DIR", help="its folder (default: datasets/<data>; toy is drawn there)")

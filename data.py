@@ -71,6 +71,13 @@ class UserError(Exception):
     """A problem that the user can mend; the scripts print its text without a traceback."""
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Prints the default of every flag that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 @contextlib.contextmanager
 def write_atomically(path, mode="wb"):
     """Open `path`.tmp for writing and rename it to `path` when all went well: readers see the old file or the new."""
@@ -355,15 +362,14 @@ def coco_split(root, split, boxes=False):
     Classes are in the order of their category ids. A class counts as present by any annotation, crowds too.
     """
     names = [split] if split[-4:].isdigit() else [f"{split}2014", f"{split}2017"]
-    for name in names:
-        path = Path(root, "annotations", f"instances_{name}.json")
-        if path.is_file():
-            break
-    else:
+    paths = [Path(root, "annotations", f"instances_{name}.json") for name in names]
+    there = [(name, path) for name, path in zip(names, paths, strict=True) if path.is_file()]
+    if not there:
         raise UserError(
-            f"--data coco: no {path} below --root {root}. Expected:\n  {root}/{name}/*.jpg\n  {path}\n(or 2014's). "
+            f"--data coco: no {' or '.join(map(str, paths))}. Expected:\n  {root}/{names[0]}/*.jpg\n  {paths[0]}\n"
             f"Pass the folder that holds annotations as --root, or fetch it: python data.py download coco --root {root}"
         )
+    name, path = there[0]
     content = cached(path, read_coco)
     files = [f"{root}/{name}/{file}" for file in content["files"].tolist()]
     ends = np.cumsum(content["counts"])[:-1]
@@ -1312,19 +1318,17 @@ def arguments():
     commands = parser.add_subparsers(required=True)
 
     def command(run, help, kind=set_name, **options):
-        sub = commands.add_parser(
-            run.__name__, help=help, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        sub = commands.add_parser(run.__name__, help=help, allow_abbrev=False, formatter_class=Help)
         sub.add_argument("data", metavar="NAME", type=kind, help=options.pop("names", "set, or FILE.csv"), **options)
-        sub.add_argument("--root", metavar="DIR", help="its folder (datasets/NAME where none is given)")
+        sub.add_argument("--root", metavar="DIR", help="its folder (default: datasets/NAME)")
         sub.set_defaults(run=run)
         return sub.add_argument
 
     add = command(check, "count, decode and compare everything; exit code 1 if something is wrong")
-    add("--split", nargs="+", help="only these splits")
+    add("--split", nargs="+", help="only these splits (default: all that are there)")
     add("-j", "--workers", type=int, default=os.cpu_count() or 1, help="threads that decode")
     add = command(show, "picture of augmented samples with their boxes")
-    add("--split", help="split to take them from")
+    add("--split", help="split to take them from (default: the one to train on)")
     add("--view", default="square-crop", choices=tuple(VIEWS), help="geometry, as in the recipes")
     add("--pixels", default="none", choices=tuple(PIXELS), help="and colours (then without boxes)")
     add("--interpolation", default="bicubic", choices=tuple(INTERPOLATION), help="of the resizing")
