@@ -1131,27 +1131,33 @@ def splits_of(name, root):
     return [split for split in CSV_SPLITS if split in there] or list(CSV_SPLITS[:1])
 
 
+def has_boxes(name, root, split):
+    """Whether the objects of a split have boxes."""
+    if name not in VOC_SETS:
+        return name == "coco"
+    base = voc_folder(name, root)
+    return (base / "Annotations").is_dir() and any((base / "ImageSets" / "Main").glob(f"*_{split}.txt"))
+
+
 def check(args):
     """Print what lies below --root and everything that is wrong with it; returns 1 if something is, else 0."""
     root, tables, problems = args.root or default_root(args.data), {}, []
     try:
-        for split in args.split or splits_of(args.data, root):
-            try:
-                has_boxes = args.data == "coco" or (
-                    args.data in VOC_SETS and (voc_folder(args.data, root) / "Annotations").is_dir()
-                )
-                tables[split] = table = read_split(args.data, root, split, boxes=has_boxes)
-            except UserError as error:
-                problems.append(str(error))
-                continue
-            present, difficult = table.labels == 1, (table.labels == -1).sum()
-            print(
-                f"{split}: {len(table):,} images, {present.sum():,} positive and {difficult:,} difficult-only labels, "
-                f"{present.sum(1).mean():.2f} positive an image, {(~present.any(1)).sum():,} images without any"
-            )
-            problems += unlike_published(args.data, split, table)
+        splits = args.split or splits_of(args.data, root)
     except (UserError, OSError) as error:
-        problems.append(str(error))
+        splits, problems = [], [str(error)]
+    for split in splits:
+        try:
+            table = read_split(args.data, root, split, boxes=has_boxes(args.data, root, split))
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        present, difficult, tables[split] = table.labels == 1, (table.labels == -1).sum(), table
+        print(
+            f"{split}: {len(table):,} images, {present.sum():,} positive and {difficult:,} difficult-only labels, "
+            f"{present.sum(1).mean():.2f} positive an image, {(~present.any(1)).sum():,} images without any"
+        )
+        problems += unlike_published(args.data, split, table)
     for a, b in itertools.combinations(tables, 2):
         shared = set(tables[a].files) & set(tables[b].files)
         if shared and {a, b} not in ({"trainval", "train"}, {"trainval", "val"}):
@@ -1227,14 +1233,8 @@ def show(args):
     if args.data == "toy":
         draw_toy(root)
     split = args.split or default_splits(args.data)[0]
-    with_boxes = args.pixels == "none" and args.data in (*VOC_SETS, "coco")
-    try:
-        table = load_split(args.data, root, split, boxes=with_boxes)
-    except UserError:
-        if not with_boxes:
-            raise
-        table = load_split(args.data, root, split)  # a VOC folder without annotations
-    table = limited(table, args.count)
+    with_boxes = args.pixels == "none" and has_boxes(args.data, root, split)
+    table = limited(load_split(args.data, root, split, boxes=with_boxes), args.count)
     size, tile = args.image_size, 190
     picture = Image.new("RGB", (5 * (tile + 10), len(table) * (tile + 24)), "white")
     for column in range(5):
