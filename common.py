@@ -480,30 +480,52 @@ def abridged(names):
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@dataclass
+class Stage:
+    """One of several trainings that follow each other in one run: its augmentation (data.VIEWS, data.PIXELS), its
+    schedule's length in epochs, and after how many of them it stops. A run without stages is all of --epochs."""
+
+    number: int | None
+    view: str
+    pixels: str
+    epochs: int
+    stop: int
+
+
 class Run:
     """One training or evaluation: its folder and log, its loaders, and everything that a checkpoint must hold.
 
-    Attributes for the scripts: classes, train_loader, test_loader, total_steps, out (Path), env, model.
+    stage: see Stage; follows: the run of the stage before, whose folder, log, precision and epoch count go on.
+    Attributes for the scripts: classes, train_loader, test_loader, total_steps (of the schedule), out (Path), env,
+    model, and extra: a dict of plain types and tensors that the checkpoint carries (state["extra"]).
     """
 
-    def __init__(self, args, env, model, train, test):
+    def __init__(self, args, env, model, train, test, stage=None, follows=None):
         self.args, self.env, self.classes = args, env, test.classes
-        self.out, self.epoch, self.step, self.best = Path(args.out), 0, 0, -math.inf
+        self.stage = stage or Stage(None, args.view, "none", args.epochs, args.epochs)
+        self.out, self.step, self.best, self.extra = Path(args.out), 0, -math.inf, {}
         self.model = model.to(env.device, memory_format=torch.channels_last)
         size, seed, pin = args.image_size, args.seed, env.device.type == "cuda"
         options = {"workers": args.workers, "rank": env.rank, "world": env.world, "pin_memory": pin}
-        images = data.Images(test, size, args.view, args.interpolation)
+        images = data.Images(test, size, self.stage.view, args.interpolation)
         self.test_loader = data.Loader(images, args.batch_size, **options)
         if train is not None:
-            images = data.Images(train, size, args.view, args.interpolation, train=True, seed=seed)
+            images = data.Images(train, size, self.stage.view, args.interpolation, self.stage.pixels, True, seed)
             self.train_loader = data.Loader(images, args.batch_size, accumulate=args.accumulate, **options)
-            self.total_steps = len(self.train_loader) // args.accumulate * args.epochs
+            self.epoch_steps = len(self.train_loader) // args.accumulate
+            self.total_steps = self.epoch_steps * self.stage.epochs
         self.dtype, self.ema, self.bar = torch.float32, None, None
-        path = args.resume or args.checkpoint
-        self.state = load_checkpoint(path) if path else None
-        if path:
-            refuse_other(path, "class list", self.state["classes"], list(self.classes))
-        self.open_folder(train, test)
+        path, self.follows = args.resume or args.checkpoint, follows is not None
+        if follows:
+            self.state, self.first_epoch, self.dtype = None, follows.epoch, follows.dtype
+            self.config, self.sizes, self.log_file = follows.config, follows.sizes, getattr(follows, "log_file", None)
+        else:
+            self.state = load_checkpoint(path) if path else None
+            if path:
+                refuse_other(path, "class list", self.state["classes"], list(self.classes))
+            self.first_epoch = self.state.get("first_epoch", 0) if path else 0
+            self.open_folder(train, test)
+        self.epoch, self.last_epoch = self.first_epoch, self.first_epoch + self.stage.stop  # counted over all stages
 
     # -- folder and log
 
@@ -574,12 +596,13 @@ class Run:
 
     # -- preparation
 
-    def prepare(self, optimizer, schedule):
+    def prepare(self, optimizer, schedule, fill=None):
         """Give the run its optimizer and schedule (stepped once an optimizer step); returns the network to train:
-        the model, or its DDP wrapper. Applies --init-from, --resume, --amp, --ema-decay, --sync-bn."""
+        the model, or its DDP wrapper. Applies --init-from, --resume, --amp, --ema-decay, --sync-bn. fill(): called
+        unless a checkpoint is resumed, when weights and precision are there, before the first checkpoint is written."""
         args, env = self.args, self.env
         self.optimizer, self.schedule = optimizer, schedule
-        if args.init_from and not self.state:
+        if args.init_from and not self.state and not self.follows:
             path = Path(args.init_from)
             state = load_checkpoint(path / "last.pt" if path.is_dir() else path)
             lists = init_from(self.model, weights_of(state), state["classes"], self.classes)
@@ -587,22 +610,30 @@ class Run:
                 self.say(f"--init-from {args.init_from}: {what}: {abridged(names)}")
         if self.state:
             self.load_weights(self.state["model"])
-        self.choose_precision()
+        if not self.follows:
+            self.choose_precision()
         # fp16's gradients underflow without a scale; bf16 has float32's range
         self.scaler = torch.amp.GradScaler(env.device.type, enabled=self.dtype == torch.float16)
         if args.ema_decay:
             # On a short run the average must forget its random start: horizon at most a fifth of the steps.
-            horizon = min(1 / (1 - args.ema_decay), max(self.total_steps / 5, 1))
+            steps = self.epoch_steps * self.stage.stop
+            horizon = min(1 / (1 - args.ema_decay), max(steps / 5, 1))
             average = get_ema_multi_avg_fn(1 - 1 / horizon)
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
-            self.say(f"EMA horizon: {horizon:.0f} of {self.total_steps} steps")
+            self.say(f"EMA horizon: {horizon:.0f} of {steps} steps")
         if self.state:
             self.restore()
-        elif env.first:
-            self.write_header()
-            self.save()  # so that there is something to resume from the first step on
+        else:
+            if env.first and not self.follows:
+                self.write_header()
+            if fill:
+                fill()
+            if env.first:
+                self.save()  # so that there is something to resume from the first step on
+        stop = f", stopping after {self.stage.stop}" if self.stage.stop < self.stage.epochs else ""
         self.say(
-            f"{self.total_steps} steps in {args.epochs} epochs, {str(self.dtype)[6:]} on {device_name(env.device)}"
+            f"{self.total_steps} steps in {self.stage.epochs} epochs{stop}, {str(self.dtype)[6:]} "
+            f"on {device_name(env.device)}"
         )
         net = self.model
         if args.sync_bn:
@@ -625,7 +656,7 @@ class Run:
         step, so the step is its state; with another batch size it is the same epoch in this run's steps."""
         state = self.state
         self.epoch, self.best = state["epoch"], state["best"]
-        self.step = self.epoch * (self.total_steps // self.args.epochs)
+        self.step = (self.epoch - self.first_epoch) * self.epoch_steps
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.last_epoch = self.step
         if state["scaler"]:
@@ -688,9 +719,9 @@ class Run:
 
     def epochs(self):
         """Epoch numbers that are left, from 0."""
-        left = (self.args.epochs - self.epoch) * len(self.train_loader)
+        left = (self.last_epoch - self.epoch) * len(self.train_loader)
         with tqdm(total=left, disable=not self.env.first, mininterval=0.5 if sys.stderr.isatty() else 20) as self.bar:
-            yield from range(self.epoch, self.args.epochs)
+            yield from range(self.epoch, self.last_epoch)
 
     def batches(self, epoch):
         """(images (B, 3, S, S) normalised, labels (B, C) ternary) on the device, for one epoch of this process.
@@ -700,7 +731,7 @@ class Run:
         torch.manual_seed(data.mixed_seed(self.args.seed, epoch, self.env.rank))
         self.model.train()
         self.sums, self.parts, self.began = {}, 0, time.perf_counter()
-        self.bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}")
+        self.bar.set_description(f"epoch {epoch + 1}/{self.last_epoch}")
         for batch in self.train_loader.epoch(epoch):
             self.parts += 1
             last = self.parts % self.args.accumulate == 0  # gradients are exchanged with the last part only
@@ -747,11 +778,12 @@ class Run:
             dist.all_reduce(means)
             means /= self.env.world
         seen = self.parts * self.args.batch_size / self.args.accumulate
-        record = {"epoch": epoch + 1, "step": self.step} | dict(zip(names, means.tolist(), strict=True))
+        record = {} if self.stage.number is None else {"stage": self.stage.number}
+        record |= {"epoch": epoch + 1, "step": self.step} | dict(zip(names, means.tolist(), strict=True))
         record |= {"lr": self.lr, "seconds": seconds, "images_per_second": seen / seconds}
         record["peak_memory_mb"] = peak_memory(self.env.device)
         line, better = f"epoch {epoch + 1}: loss {record['loss']:.4f}", False
-        if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs:
+        if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.last_epoch:
             began = time.perf_counter()
             self.share_buffers()
             record |= self.test()
@@ -768,9 +800,13 @@ class Run:
             self.write(record)
             self.save()
             if better:
-                with open(self.out / "last.pt", "rb") as last, write_atomically(self.out / "best.pt") as best:
-                    shutil.copyfileobj(last, best)
+                self.keep("best.pt")
         return record
+
+    def keep(self, name):
+        """Copy last.pt to another name."""
+        with open(self.out / "last.pt", "rb") as last, write_atomically(self.out / name) as copy:
+            shutil.copyfileobj(last, copy)
 
     def share_buffers(self):
         """Give every process the first one's BatchNorm statistics: each has seen other images, and all test a part."""
@@ -786,6 +822,8 @@ class Run:
             "config": self.config,
             "classes": list(self.classes),
             "normalisation": {"mean": list(data.MEAN), "std": list(data.STD)},
+            "stage": self.stage.number,
+            "first_epoch": self.first_epoch,
             "epoch": self.epoch,
             "step": self.step,
             "best": self.best,
@@ -794,6 +832,7 @@ class Run:
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "extra": self.extra,
         }
         with write_atomically(self.out / "last.pt") as file:
             torch.save(state, file)
@@ -825,12 +864,13 @@ class Run:
         self.write(record)
         return record
 
-    def report(self, record):
-        """Print the closing table and what lies in the run folder."""
+    def report(self, record, earlier=None):
+        """Print the closing table, above it that of an `earlier` stage, and what lies in the run folder."""
         names = [k for k in record if k.startswith(("map_", "top3_", *metrics.F1_NAMES))]
-        rows = [("all", [record[k] for k in names if not k.startswith("top3_")])]
-        rows.append(("top 3", [math.nan] * 2 + [record[f"top3_{k}"] for k in metrics.F1_NAMES]))
-        columns = [k.replace("map_", "mAP ") for k in names if not k.startswith("top3_")]
+        rows, columns = [], [k.replace("map_", "mAP ") for k in names if not k.startswith("top3_")]
+        for stage, r in (("stage 1 ", earlier), ("stage 2 ", record)) if earlier else (("", record),):
+            rows.append((f"{stage}all", [r[k] for k in names if not k.startswith("top3_")]))
+            rows.append((f"{stage}top 3", [math.nan] * 2 + [r[f"top3_{k}"] for k in metrics.F1_NAMES]))
         self.say("\n" + metrics.table_text(rows, columns, "percent"))
         if record["classes_left_out"]:
             self.say(f"mAP over {record['classes']} classes; {record['classes_left_out']} have no positive image")
@@ -881,12 +921,18 @@ def write_text(picture, xy, text, size=15, colour="black"):
 
 
 def draw_curves(log, path):
-    """Learning curves from log.jsonl: loss terms on the left, mAP and OF1 on the right; 1,000 pixels wide."""
-    records = [r for r in map(json.loads, Path(log).read_text(encoding="utf-8").splitlines()) if "loss" in r]
-    losses = [k for k in records[0] if k == "loss" or k.startswith("L_")]
-    picture = Image.new("RGB", (1000, 360), "white")
-    draw_chart(picture, (70, 40, 470, 310), records, losses, "loss")
-    draw_chart(picture, (570, 40, 970, 310), records, ["map_points", "map_area", "OF1", "raw_map_points"], "percent")
+    """Learning curves from log.jsonl: loss terms on the left, mAP and OF1 on the right, a row for each stage; 1,000
+    pixels wide."""
+    rows = {}
+    for record in map(json.loads, Path(log).read_text(encoding="utf-8").splitlines()):
+        if "loss" in record:
+            rows.setdefault(record.get("stage"), []).append(record)
+    picture = Image.new("RGB", (1000, 360 * len(rows)), "white")
+    for row, records in enumerate(rows.values()):
+        top, bottom, losses = 360 * row + 40, 360 * row + 310, [k for k in records[0] if k == "loss" or k[:2] == "L_"]
+        shares = ["map_points", "map_area", "OF1", "raw_map_points"]
+        draw_chart(picture, (70, top, 470, bottom), records, losses, "loss")
+        draw_chart(picture, (570, top, 970, bottom), records, shares, "percent")
     picture.save(path)
 
 
@@ -899,16 +945,19 @@ def draw_chart(picture, box, records, names, title):
     values = [v for p in points.values() for _, v in p] or [0.0]
     low, high = min(values), max(values)
     low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
-    epochs = max(r["epoch"] for r in records)
+    first, last = (f(r["epoch"] for r in records) for f in (min, max))
     draw.rectangle(box, outline="grey")
     for i in range(5):
         y = bottom - i * (bottom - top) / 4
         draw.line((left, y, right, y), fill=(225, 225, 225))
         write_text(picture, (left - 58, y - 9), f"{low + i * (high - low) / 4:.3g}", 14)
-    write_text(picture, (left, bottom + 8), f"{title} by epoch, 1 to {epochs}", 14)
+    write_text(picture, (left, bottom + 8), f"{title} by epoch, {first} to {last}", 14)
     for k, (name, line) in enumerate(points.items()):
         xy = [
-            (left + (e - 1) / max(epochs - 1, 1) * (right - left), bottom - (v - low) / (high - low) * (bottom - top))
+            (
+                left + (e - first) / max(last - first, 1) * (right - left),
+                bottom - (v - low) / (high - low) * (bottom - top),
+            )
             for e, v in line
         ]
         draw.line(xy, fill=colours[k % 4], width=2)
