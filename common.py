@@ -929,7 +929,10 @@ def draw_curves(log, path):
             rows.setdefault(record.get("stage"), []).append(record)
     picture = Image.new("RGB", (1000, 360 * len(rows)), "white")
     for row, records in enumerate(rows.values()):
-        top, bottom, losses = 360 * row + 40, 360 * row + 310, [k for k in records[0] if k == "loss" or k[:2] == "L_"]
+        top, bottom = 360 * row + 40, 360 * row + 310
+        losses = [k for k in records[0] if k.startswith("L_")]
+        if "stage" not in records[0] or not losses:  # a stage's weights may be large and would flatten the terms
+            losses = ["loss", *losses]
         shares = ["map_points", "map_area", "OF1", "raw_map_points"]
         draw_chart(picture, (70, top, 470, bottom), records, losses, "loss")
         draw_chart(picture, (570, top, 970, bottom), records, shares, "percent")

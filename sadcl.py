@@ -1,4 +1,4 @@
-"""SADCL: Semantic-Aware Dual Contrastive Learning for Multi-Label Image Classification.
+"""SADCL: Semantic-Aware Dual Contrastive Learning for Multi-label Image Classification.
 
 L. Ma, D. Sun, L. Wang, H. Zhao, B. Luo. ECAI 2023, arXiv 2307.09715.
 
@@ -40,6 +40,8 @@ D4  PSCL of a class without positives in the batch: we subtract the detached max
     but never negative. A batch without any positive has no contrastive loss.
 D5  Their prototypes look like sums over confident samples divided by all positives of the class; ours are means: the
     same direction. A class without confident positives takes the mean over all, one without positives its query.
+D6  RandAugment draws from torchvision's 14 operations, theirs from 15; like theirs, each of two is applied with
+    probability 1/2, at a magnitude of 1 to 9.
 unstated: the asymmetric loss is summed over classes and averaged over images (AdamW hardly sees scale); the start of
     biases; cross-attention maps are the last layer's, averaged over heads; the GAP baseline takes stage 1's recipe; the
     512-wide transformer behind a 1x1 convolution for light backbones; prototypes without --init-from are the queries;
@@ -246,24 +248,8 @@ def pscl(s, y):
     return (s.logsumexp(0) - own).sum() / count.clamp(min=1) * (count > 0)
 
 
-def contrast(model, h, bank, y, args):
-    """{"L_SSCL", "L_PSCL"} as far as their lambda is not 0: h (B, C, D), bank (B, C, D), y (B, C) bool of this process;
-    contrasted over all processes, in chunks of --contrast-chunk images (D2)."""
-    y_all = gather(y.byte()).bool()  # (B of all, C)
-    chunk = args.contrast_chunk or len(y_all)
-    z, terms = model.projection(h), {}  # (B, C, E)
-    if args.lambda_s:
-        counts = y_all.unflatten(0, (-1, len(y))).sum((1, 2)).tolist()  # active labels of each process
-        z_all = gather(torch.stack([z[y], model.projection(bank[y])], 1), counts)  # (N, 2, E)
-        parts = zip(z_all.split([int(part.sum()) for part in y_all.split(chunk)]), y_all.split(chunk), strict=True)
-        terms["L_SSCL"] = torch.stack([sscl(z_i, y_i, official=args.sscl == "official") for z_i, y_i in parts]).mean()
-    if args.lambda_p:
-        with torch.autocast(z.device.type, enabled=False):
-            prototypes = nnf.normalize(model.projection(model.prototypes), dim=1)  # (C, E)
-            s_all = gather((nnf.normalize(full(z), dim=2) * prototypes).sum(2) / PSCL_TAU)
-        parts = zip(s_all.split(chunk), y_all.split(chunk), strict=True)
-        terms["L_PSCL"] = torch.stack([pscl(s_i, y_i) for s_i, y_i in parts]).mean()
-    return terms
+# ---------------------------------------------------------------------------------------------------------------------
+# The contrast set: all processes
 
 
 class Gather(torch.autograd.Function):
@@ -290,6 +276,26 @@ def gather(rows, counts=None):
     if not dist.is_initialized() or (counts and not sum(counts)):
         return rows
     return Gather.apply(rows, counts or [len(rows)] * dist.get_world_size())
+
+
+def contrast(model, h, bank, y, args):
+    """{"L_SSCL", "L_PSCL"}, as far as their lambda is not 0, of this process's h (B, C, D), bank (B, C, D) and y (B, C)
+    bool; contrasted over all processes, in chunks of --contrast-chunk images (D2)."""
+    y_all = gather(y.byte()).bool()  # (B of all, C)
+    chunk = args.contrast_chunk or len(y_all)
+    y_parts, z, terms = y_all.split(chunk), model.projection(h), {}  # (B, C, E)
+    if args.lambda_s:
+        active = y_all.sum(1).tolist()  # labels of each image
+        counts, sizes = ([sum(active[i : i + n]) for i in range(0, len(active), n)] for n in (len(y), chunk))
+        z_all = gather(torch.stack([z[y], model.projection(bank[y])], 1), counts)  # (N, 2, E)
+        pairs = zip(z_all.split(sizes), y_parts, strict=True)
+        terms["L_SSCL"] = torch.stack([sscl(*pair, official=args.sscl == "official") for pair in pairs]).mean()
+    if args.lambda_p:
+        with torch.autocast(z.device.type, enabled=False):
+            prototypes = nnf.normalize(model.projection(model.prototypes), dim=1)  # (C, E)
+            s_all = gather((nnf.normalize(full(z), dim=2) * prototypes).sum(2) / PSCL_TAU)  # (B of all, C)
+        terms["L_PSCL"] = torch.stack([pscl(*pair) for pair in zip(s_all.split(chunk), y_parts, strict=True)]).mean()
+    return terms
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -520,7 +526,7 @@ def parse(argv=None):
         "SADCL: a class-wise transformer decoder and two contrasts for multi-label classification."
     )
     add = parser.add_argument_group("SADCL").add_argument
-    add("--stage", choices=("1", "2", "both"), help="1: SARL, 2: with contrast, after --init-from RUN (its stage 1)")
+    add("--stage", default="both", choices=("1", "2", "both"), help="1: SARL; 2: contrast, after --init-from RUN")
     add("--encoder-layers", type=common.at_least(0), default=1, metavar="N", help="0: SARL* of the ablation")
     add("--gamma-neg", type=float, help="stage 1: focus of the asymmetric loss on hard negatives")
     add("--lambda-s", type=float, help="stage 2: weight of SSCL, 0: without; clean 16, official 100")
@@ -531,7 +537,6 @@ def parse(argv=None):
         "--stop-after", type=common.at_least(1), nargs="+", metavar="N", help="end of each stage in epochs of its cycle"
     )
     add("--early-stop", action="store_true", help="end stages as the authors did, by mAP on the test set")
-    parser.set_defaults(stage="both")
     argv = sys.argv[1:] if argv is None else list(argv)
     scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     scan.add_argument("--image-size")
@@ -562,7 +567,7 @@ def parse(argv=None):
             parser.error(f"--stop-after {stop}: stage {n} has a cycle of {cycles[n - 1]} epochs")
     earlier = Path(args.init_from or ".", "stage1.pt")
     if args.stage == "2" and args.init_from and earlier.is_file():
-        args.init_from = str(earlier)
+        args.init_from = str(earlier)  # of a run of both stages: the first
     return args
 
 
@@ -625,12 +630,11 @@ def main(args):
         run = common.Run(args, env, build(args, test.classes, begin), train, test, stage_of(args, begin))
         record = run.evaluate()
     for number in [] if args.evaluate else [n for n in stages_of(args) if n >= begin]:
-        weights = None
-        if run:  # stage 1 has ended: its moving average goes on
-            weights = run.reported.state_dict()
-            if args.early_stop:
-                weights = common.weights_of(common.load_checkpoint(run.out / "best.pt"))
-        with common.first_process_first(env):
+        with common.first_process_first(env):  # the first one's files are there, too
+            weights = None
+            if run:  # stage 1 has ended: its moving average goes on, or its best one
+                best = args.early_stop and common.weights_of(common.load_checkpoint(run.out / "best.pt"))
+                weights = best or run.reported.state_dict()
             model = build(args, test.classes, number, weights)
         run = common.Run(args, env, model, train, test, stage_of(args, number), follows=run)
         contrastive, bank, record = hasattr(model, "prototypes"), None, None
