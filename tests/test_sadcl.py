@@ -619,10 +619,29 @@ def test_stage_2_starts_from_the_moving_average_of_stage_1(sadcl_run):
         assert not torch.equal(model["prototypes"], model["query"])
 
 
+def test_the_second_of_both_stages_starts_from_it_too(sadcl_run, monkeypatch):
+    start = {}
+
+    def fill(run, trained):
+        start.update({n: t.clone() for n, t in run.model.state_dict().items()}, trained=trained)
+
+    monkeypatch.setattr(sadcl, "fill_prototypes", fill)
+    _, folder = sadcl_run("--epochs", "4", "--stop-after", "4", "1")
+    stage1 = common.load_checkpoint(folder / "stage1.pt")
+    assert start["trained"] and not torch.equal(stage1["ema"]["query"], stage1["model"]["query"])
+    assert all(torch.equal(start[n], t) for n, t in stage1["ema"].items())
+
+
 def test_both_stages_are_one_run(sadcl_run, capsys):
     record, folder = sadcl_run()
     text = capsys.readouterr().out
-    assert "stage 1 all" in text and "stage 2 all" in text and "stage 2: SADCL" in text and "prototypes: " in text
+    assert (
+        "EMA horizon: 1 of 2 steps" in text
+        and "stage 1 all" in text
+        and "stage 2 all" in text
+        and "stage 2: SADCL" in text
+        and "prototypes: " in text
+    )
     header, *epochs = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     assert [(r["stage"], r["epoch"], r["step"]) for r in epochs] == [(1, 1, 2), (2, 2, 2)] and header["config"]
     assert {"L_ASL"} == {n for n in epochs[0] if n.startswith("L_")}
@@ -654,10 +673,22 @@ def test_early_stop_ends_past_the_best_epoch_and_goes_on_from_it(sadcl_run, monk
     assert common.load_checkpoint(folder / "stage1.pt")["epoch"] == 5
 
 
-def test_the_bank_of_an_accumulated_step_is_that_of_the_whole_step(sadcl_run):
-    _, folder = sadcl_run("--accumulate", "2", "--lambda-p", "0")
+@pytest.mark.parametrize("parts", [1, 2])
+def test_training_fills_the_bank_part_by_part(sadcl_run, monkeypatch, parts):
+    real, places = sadcl.update_bank, []
+
+    def update(bank, *others):
+        places.append((bank.storage_offset() // bank[0].numel(), len(bank)))
+        real(bank, *others)
+
+    monkeypatch.setattr(sadcl, "update_bank", update)
+    monkeypatch.setattr(sadcl, "BANK_CONFIDENCE", 0.0)
+    _, folder = sadcl_run("--accumulate", str(parts), "--lambda-p", "0")
+    assert places == ([(0, 4)] * 2 if parts == 1 else [(0, 2), (2, 2)] * 2)
     state = common.load_checkpoint(folder / "last.pt")
-    assert state["extra"]["bank"].shape == (4, 12, 16) and state["step"] == 2
+    bank = state["extra"]["bank"]
+    changed = (bank != state["model"]["prototypes"]).any(2)  # (4, 12); without PSCL the prototypes stay
+    assert bank.shape == (4, 12, 16) and changed.any(1).all() and not changed.all() and state["step"] == 2
 
 
 def test_evaluate_scores_either_stage_as_training_did(sadcl_run, tmp_path):
@@ -714,16 +745,25 @@ def test_ablation_row(row, sadcl_run):
     assert ("bank" in state["extra"]) == ("L_SSCL" in terms)
     assert (folder / "figures" / "attention.png").exists()
     assert (folder / "figures" / "embeddings.png").exists() == (row != "baseline")
-    if row == "+SSCL":  # the prototypes only start the bank
-        start = torch.equal(state["model"]["prototypes"], state["ema"]["prototypes"])
-        assert start and len(state["optimizer"]["state"]) == len(state["model"]) - 1
+    if row == "+SSCL":  # the prototypes only start the bank; DDP would wait for their gradient
+        assert len(state["optimizer"]["param_groups"][0]["params"]) == len(state["model"]) - 1
 
 
-def test_more_classes_than_images_and_cutout_train(sadcl_run, monkeypatch):
+def test_each_stage_has_its_own_augmentation(sadcl_run, monkeypatch):
     recipe = sadcl.RECIPE["toy"] | {k: sadcl.PAPER[k] for k in ("view", "pixels", "contrast_chunk")}
     monkeypatch.setitem(sadcl.RECIPE, "toy", recipe)
+    real, seen = common.Run.finish_epoch, []
+
+    def finish(run, epoch):
+        train, test = run.train_loader.images, run.test_loader.images
+        seen.append((train.view, train.pixels, test.view, test.pixels))
+        return real(run, epoch)
+
+    monkeypatch.setattr(common.Run, "finish_epoch", finish)
     record, _ = sadcl_run()
     assert np.isfinite(record["loss"])
+    assert seen[0] == (data.whole, data.cutout_and_randaugment, data.whole, None)
+    assert seen[1] == (data.multi_scale_crop, None, data.whole, None)
 
 
 @pytest.mark.parametrize(
