@@ -626,10 +626,12 @@ def test_the_second_of_both_stages_starts_from_it_too(sadcl_run, monkeypatch):
         start.update({n: t.clone() for n, t in run.model.state_dict().items()}, trained=trained)
 
     monkeypatch.setattr(sadcl, "fill_prototypes", fill)
-    _, folder = sadcl_run("--epochs", "4", "--stop-after", "4", "1")
-    stage1 = common.load_checkpoint(folder / "stage1.pt")
-    assert start["trained"] and not torch.equal(stage1["ema"]["query"], stage1["model"]["query"])
-    assert all(torch.equal(start[n], t) for n, t in stage1["ema"].items())
+    _, folder = sadcl_run("--epochs", "4", "--stop-after", "4", "1", out="a")
+    for flags in ([], ["--init-from", str(folder)]):  # which is for stage 1
+        _, folder = sadcl_run("--epochs", "4", "--stop-after", "4", "1", *flags, out=f"b{len(flags)}")
+        stage1 = common.load_checkpoint(folder / "stage1.pt")
+        assert start["trained"] and not torch.equal(stage1["ema"]["query"], stage1["model"]["query"])
+        assert all(torch.equal(start[n], t) for n, t in stage1["ema"].items())
 
 
 def test_both_stages_are_one_run(sadcl_run, capsys):
