@@ -25,6 +25,14 @@ import sadcl
 SMALL = "--image-size 64 --limit 8 -b 4 --epochs 2 --stop-after 1 1 -j 0 --amp off --gpus cpu".split()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread(two_threads):
+    """What is computed here is so small that threads would only wait for each other."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
 class Eye(nn.Module):
     """Stands in for common.Backbone: one convolution at stride 16, no BatchNorm. Runs of milliseconds."""
 
