@@ -38,6 +38,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
@@ -918,6 +919,47 @@ def heat_overlay(image, heat, strength=0.55):
 def write_text(picture, xy, text, size=15, colour="black"):
     """Draw text with the font that comes with Pillow, at most as wide as the space to the right edge."""
     ImageDraw.Draw(picture).text(xy, text, fill=colour, font=ImageFont.load_default(size))
+
+
+def draw_maps(run, path, look, legend, count=8, tile=242):
+    """`count` test images chosen by the seed, each with the map of its three most confident classes, scaled to the
+    range that is written below, and what is predicted and true; 1,000 pixels wide.
+
+    look(images): probabilities (B, C), maps (B, C, H, W) and maybe rectangles, bool (B, C, H, W), drawn in white.
+    """
+    table = run.test_loader.images.table
+    chosen = np.random.default_rng(run.args.seed).permutation(len(table))[:count]
+    picture = Image.new("RGB", (4 * (tile + 8), 26 + len(chosen) * (tile + 70)), "white")
+    write_text(picture, (6, 2), legend)
+    for row, index in enumerate(chosen):
+        image, labels, *_ = run.test_loader.images[0, index]
+        with run.autocast():
+            seen = look(data.normalise(image[None].to(run.env.device)))
+        p, maps, *boxes = (x[0].float().cpu() for x in seen if x is not None)
+        photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((tile, tile), Image.BICUBIC)
+        tiles = [(photo, str(table.names[index]))]
+        for c in p.argsort(descending=True)[:3].tolist():
+            low, high = maps[c].min(), maps[c].max()
+            shown = heat_overlay(photo, (maps[c] - low) / (high - low).clamp(min=1e-6))
+            if boxes and boxes[0][c].any():
+                inside = boxes[0][c]
+                cell = tile / inside.shape[0], tile / inside.shape[1]
+                ys, xs = (inside.any(axis).nonzero().flatten() for axis in (1, 0))
+                box = (xs[0] * cell[1], ys[0] * cell[0], (xs[-1] + 1) * cell[1] - 1, (ys[-1] + 1) * cell[0] - 1)
+                ImageDraw.Draw(shown).rectangle([float(v) for v in box], outline="white", width=3)
+            tiles.append((shown, f"{table.classes[c]} {p[c]:.2f}, map {low:.2g} to {high:.2g}"))
+        names = {
+            "predicted": [n for n, v in zip(table.classes, p, strict=True) if v >= run.args.threshold],
+            "true": [n + " (difficult)" * int(y < 0) for n, y in zip(table.classes, labels, strict=True) if y],
+        }
+        top = 26 + row * (tile + 70)
+        for column, (shown, text) in enumerate(tiles):
+            picture.paste(shown, (column * (tile + 8) + 4, top))
+            write_text(picture, (column * (tile + 8) + 6, top + tile + 2), text, 13)
+        for line, (what, found) in enumerate(names.items()):
+            text = f"{what}: {', '.join(found) or 'nothing'}"
+            write_text(picture, (6, top + tile + 22 + 20 * line), text, 14, "black" if line else (30, 60, 200))
+    picture.save(path)
 
 
 def draw_curves(log, path):

@@ -58,7 +58,6 @@ import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
@@ -443,35 +442,10 @@ def update_bank(bank, h, logits, y):
 # Pictures
 
 
-def draw_attention(run, path, count=8, tile=242):
-    """`count` test images chosen by the seed, each with the attention of its three most confident classes, scaled to
-    the range that is written below; 1,000 pixels wide."""
-    table, model = run.test_loader.images.table, run.reported.eval()
-    chosen = np.random.default_rng(run.args.seed).permutation(len(table))[:count]
-    picture = Image.new("RGB", (4 * (tile + 8), 26 + len(chosen) * (tile + 70)), "white")
-    common.write_text(picture, (6, 2), "where the decoder looks for a class: blue low, red high")
-    for row, index in enumerate(chosen):
-        image, labels, *_ = run.test_loader.images[0, index]
-        with run.autocast():
-            p, maps = (x[0].float().cpu() for x in model.look(data.normalise(image[None].to(run.env.device))))
-        photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((tile, tile), Image.BICUBIC)
-        tiles = [(photo, str(table.names[index]))]
-        for c in p.argsort(descending=True)[:3].tolist():
-            low, high = maps[c].min(), maps[c].max()
-            shown = common.heat_overlay(photo, (maps[c] - low) / (high - low).clamp(min=1e-6))
-            tiles.append((shown, f"{table.classes[c]} {p[c]:.2f}, map {low:.2g} to {high:.2g}"))
-        names = {
-            "predicted": [n for n, v in zip(table.classes, p, strict=True) if v >= run.args.threshold],
-            "true": [n + " (difficult)" * int(y < 0) for n, y in zip(table.classes, labels, strict=True) if y],
-        }
-        top = 26 + row * (tile + 70)
-        for column, (shown, text) in enumerate(tiles):
-            picture.paste(shown, (column * (tile + 8) + 4, top))
-            common.write_text(picture, (column * (tile + 8) + 6, top + tile + 2), text, 13)
-        for line, (what, found) in enumerate(names.items()):
-            text = f"{what}: {', '.join(found) or 'nothing'}"
-            common.write_text(picture, (6, top + tile + 22 + 20 * line), text, 14, "black" if line else (30, 60, 200))
-    picture.save(path)
+def draw_attention(run, path):
+    """Some test images, each with the decoder's attention for its three most confident classes."""
+    legend = "where the decoder looks for a class: blue low, red high"
+    common.draw_maps(run, path, run.reported.eval().look, legend)
 
 
 def principal_plane(points):

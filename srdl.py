@@ -39,9 +39,7 @@ Training crops are cut in whole source pixels and resized once, where the paper 
 The toy recipe (toy data, ResNet-18 from scratch, one-cycle learning rate) is ours.
 """
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn import functional as nnf
 
@@ -402,43 +400,12 @@ class SRDL(nn.Module):
 # Picture (Fig. 5)
 
 
-def draw_attention(run, path, count=8, tile=242):
-    """`count` test images chosen by the seed, each with the map of its three most confident classes, scaled to the
-    range that is written below, and, where objects are erased in training, the rectangle; 1,000 pixels wide."""
-    table, model = run.test_loader.images.table, run.reported.eval()
-    chosen = np.random.default_rng(run.args.seed).permutation(len(table))[:count]
-    best = min(3, len(table.classes))
-    picture = Image.new("RGB", (4 * (tile + 8), 26 + len(chosen) * (tile + 70)), "white")
+def draw_attention(run, path):
+    """Some test images, each with the map of its three most confident classes and, where objects are erased in
+    training, the rectangle."""
+    model = run.reported.eval()
     legend = "map: blue low, red high" + "; white: the rectangle that training erases" * bool(model.top_k)
-    common.write_text(picture, (6, 2), legend)
-    for row, index in enumerate(chosen):
-        image, labels, *_ = run.test_loader.images[0, index]
-        with run.autocast():
-            batch = data.normalise(image[None].to(run.env.device))
-            p, maps, gone = (x if x is None else x[0].float().cpu() for x in model.look(batch))
-        photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((tile, tile), Image.BICUBIC)
-        tiles = [(photo, str(table.names[index]))]
-        for c in p.argsort(descending=True)[:best].tolist():
-            low, high = maps[c].min(), maps[c].max()
-            shown = common.heat_overlay(photo, (maps[c] - low) / (high - low).clamp(min=1e-6))
-            if gone is not None and gone[c].any():
-                cell = tile / gone.shape[1], tile / gone.shape[2]
-                ys, xs = (gone[c].any(axis).nonzero().flatten() for axis in (1, 0))
-                box = (xs[0] * cell[1], ys[0] * cell[0], (xs[-1] + 1) * cell[1] - 1, (ys[-1] + 1) * cell[0] - 1)
-                ImageDraw.Draw(shown).rectangle([float(v) for v in box], outline="white", width=3)
-            tiles.append((shown, f"{table.classes[c]} {p[c]:.2f}, map {low:.2g} to {high:.2g}"))
-        names = {
-            "predicted": [n for n, v in zip(table.classes, p, strict=True) if v >= run.args.threshold],
-            "true": [n + " (difficult)" * int(y < 0) for n, y in zip(table.classes, labels, strict=True) if y],
-        }
-        top = 26 + row * (tile + 70)
-        for column, (shown, text) in enumerate(tiles):
-            picture.paste(shown, (column * (tile + 8) + 4, top))
-            common.write_text(picture, (column * (tile + 8) + 6, top + tile + 2), text, 13)
-        for line, (what, found) in enumerate(names.items()):
-            text = f"{what}: {', '.join(found) or 'nothing'}"
-            common.write_text(picture, (6, top + tile + 22 + 20 * line), text, 14, "black" if line else (30, 60, 200))
-    picture.save(path)
+    common.draw_maps(run, path, model.look, legend)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
