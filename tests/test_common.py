@@ -22,6 +22,7 @@ from torch.nn import functional as nnf
 import common
 import data
 import eval as metrics
+import sadcl
 import srdl
 from data import UserError
 
@@ -623,7 +624,12 @@ def readme_commands():
 
 def test_readme_commands_parse(run):
     _, folder = run()
-    parsers = {"srdl.py": srdl.parse, "eval.py": metrics.arguments().parse_args, "data.py": data.arguments().parse_args}
+    parsers = {
+        "srdl.py": srdl.parse,
+        "sadcl.py": sadcl.parse,
+        "eval.py": metrics.arguments().parse_args,
+        "data.py": data.arguments().parse_args,
+    }
     parsed = []
     for command in readme_commands():
         words = [word.replace("RUN", str(folder)) for word in shlex.split(command)]

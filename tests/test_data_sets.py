@@ -18,10 +18,11 @@ from PIL import Image
 
 import common
 import data
+import sadcl
 import srdl
 from data import UserError
 
-QUICK = "--backbone resnet18 --weights none --image-size 64 -b 2 --epochs 1 --glove hash -j 0 --amp off --gpus cpu"
+QUICK = "--backbone resnet18 --weights none --image-size 64 -b 2 --epochs 1 -j 0 --amp off --gpus cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -285,13 +286,17 @@ def test_broken_vg500_files_are_named(vg500, change, message):
 
 
 @pytest.mark.parametrize("name", ["coco", "nuswide", "vg500", "own_csv"])
-def test_srdl_trains_on_every_set(name, request, tmp_path, monkeypatch):
-    monkeypatch.setattr(srdl, "draw_attention", lambda run, path: path.touch())
+@pytest.mark.parametrize(
+    ("method", "flags"), [(srdl, ["--glove", "hash"]), (sadcl, ["--stop-after", "1", "1"])], ids=["srdl", "sadcl"]
+)
+def test_every_script_trains_on_every_set(name, method, flags, request, tmp_path, monkeypatch):
+    monkeypatch.setattr(method, "draw_attention", lambda run, path: path.touch())
     place = request.getfixturevalue(name)
     where = ["--data", str(place)] if name == "own_csv" else ["--data", name, "--root", str(place)]
-    args = srdl.parse([*where, *QUICK.split(), "--out", str(tmp_path / "run")])
-    assert args.recipe == "coco" and args.lr == 1e-5
-    record = srdl.main(args)
+    args = method.parse([*where, *QUICK.split(), *flags, "--out", str(tmp_path / "run")])
+    assert args.recipe == (name if name in method.RECIPE else "coco")
+    vars(args).update(width=32)  # of sadcl's transformer: seconds
+    record = method.main(args)
     assert np.isfinite(record["loss"]) and record["map_points"] > 0
     state = common.load_checkpoint(tmp_path / "run" / "last.pt")
     assert len(state["classes"]) == (500 if name == "vg500" else 3)
@@ -299,9 +304,10 @@ def test_srdl_trains_on_every_set(name, request, tmp_path, monkeypatch):
 
 def test_fine_tuning_on_a_csv_keeps_the_rows_of_shared_classes(coco, own_csv, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(srdl, "draw_attention", lambda run, path: path.touch())
-    srdl.main(srdl.parse(["--data", "coco", "--root", str(coco), *QUICK.split(), "--out", str(tmp_path / "old")]))
+    quick = [*QUICK.split(), "--glove", "hash"]
+    srdl.main(srdl.parse(["--data", "coco", "--root", str(coco), *quick, "--out", str(tmp_path / "old")]))
     flags = ["--init-from", str(tmp_path / "old"), "--data", str(own_csv), "--lr", "0", "--weight-decay", "0"]
-    srdl.main(srdl.parse([*flags, *QUICK.split(), "--out", str(tmp_path / "new")]))
+    srdl.main(srdl.parse([*flags, *quick, "--out", str(tmp_path / "new")]))
     assert "copied by class name: head.nodes" in capsys.readouterr().out
     old, new = (common.load_checkpoint(tmp_path / run / "last.pt")["model"] for run in ("old", "new"))
     assert torch.equal(new["head.classifier.weight"][1], old["head.classifier.weight"][2])  # dog
