@@ -1274,7 +1274,8 @@ def archives(name):
 def download(args):
     """Fetch and unpack a set, archive by archive: what is whole already is not fetched again."""
     if args.data == "glove":
-        print(f"terms: https://nlp.stanford.edu/projects/glove/ (Public Domain Dedication and License)\n{glove_file()}")
+        print("terms: https://nlp.stanford.edu/projects/glove/ (Public Domain Dedication and License)", flush=True)
+        print(f"done: {glove_file()}")
         return 0
     root = Path(args.root or default_root(args.data))
     found, pages = archives(args.data)
