@@ -612,14 +612,17 @@ def test_heat_is_blue_where_low_and_red_where_high():
 
 
 def readme_commands():
-    """The commands of README.md's indented blocks, continued lines joined, comments after two spaces cut off."""
+    """The commands of README.md's indented blocks: continued lines joined, comments after two spaces cut off, $NAME
+    replaced by what NAME="..." says."""
     lines, joined = Path("README.md").read_text(encoding="utf-8").splitlines(), []
     for line in lines:
         if joined and joined[-1].endswith("\\"):
             joined[-1] = joined[-1][:-1] + line.strip()
         elif line.startswith("    "):
             joined.append(line.strip())
-    return [re.split(r"\s{2,}", command)[0] for command in joined]
+    said = dict(match.groups() for match in (re.fullmatch(r'(\w+)="(.*)"', line) for line in joined) if match)
+    commands = [re.split(r"\s{2,}", command)[0] for command in joined]
+    return [re.sub(r"\$(\w+)", lambda name: said[name[1]], command) for command in commands]
 
 
 def test_readme_commands_parse(run):
