@@ -324,10 +324,10 @@ def first_process_first(env):
         dist.barrier()
 
 
-def load_data(args, env):
+def load_data(args, env, boxes=False):
     """data.load, once everything that must be drawn is drawn."""
     with first_process_first(env):
-        return data.load(args)
+        return data.load(args, boxes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -725,7 +725,8 @@ class Run:
             yield from range(self.epoch, self.last_epoch)
 
     def batches(self, epoch):
-        """(images (B, 3, S, S) normalised, labels (B, C) ternary) on the device, for one epoch of this process.
+        """(images (B, 3, S, S) normalised, labels (B, C) ternary) on the device, for one epoch of this process; and the
+        boxes (M, 6), see data.box_rows, where the training table has them.
 
         Everything random is reseeded from (seed, epoch, rank), so a resumed run needs no random state.
         """
@@ -738,7 +739,8 @@ class Run:
             last = self.parts % self.args.accumulate == 0  # gradients are exchanged with the last part only
             with contextlib.nullcontext() if last or self.env.world == 1 else self.net.no_sync():
                 images, labels = (t.to(self.env.device, non_blocking=True) for t in batch[:2])
-                yield data.normalise(images, batch.inside), labels
+                boxes = () if batch.boxes is None else (data.box_rows(batch.boxes).to(self.env.device),)
+                yield data.normalise(images, batch.inside), labels, *boxes
             self.bar.update()
 
     def update(self, loss, **terms):

@@ -594,9 +594,9 @@ def unlike_published(name, split, table):
             yield f"{name} {split} has {have:,} {what}, the published split {want:,}"
 
 
-def load(args):
+def load(args, boxes=False):
     """Training and test table of the parsed command line (common.py's arguments), --limit applied; None and the test
-    table with --evaluate."""
+    table with --evaluate. boxes: the training table's objects have them."""
     root = args.root or default_root(args.data)
     if args.data == "toy":
         draw_toy(root)
@@ -606,7 +606,7 @@ def load(args):
     test = load_split(args.data, root, args.test_split, id_list=args.val_list, **options)
     if args.evaluate:
         return None, limited(test, args.limit)
-    train = load_split(args.data, root, args.train_split, id_list=args.train_list, **options)
+    train = load_split(args.data, root, args.train_split, id_list=args.train_list, boxes=boxes, **options)
     shared = set(train.files) & set(test.files)
     if shared:
         raise UserError(f"{len(shared)} images are both in training and in test, {min(shared)} for one")
@@ -941,6 +941,12 @@ def collate(items):
     boxes = None if boxes[0] is None else [torch.from_numpy(b) for b in boxes]
     inside = torch.tensor([i or (0, 0, size, size) for i in inside]) if any(inside) else None
     return Batch(images, torch.from_numpy(np.stack(labels)), torch.tensor(index), boxes, inside)
+
+
+def box_rows(boxes):
+    """List of B tensors (n, 5), a Batch's boxes -> one (M, 6) with the image's place in the batch in front."""
+    image = torch.cat([torch.full((len(b), 1), float(i)) for i, b in enumerate(boxes)])
+    return torch.cat([image, torch.cat(boxes)], 1)
 
 
 class Order:

@@ -377,6 +377,17 @@ def test_samples_do_not_depend_on_the_number_of_workers(table):
         assert all(torch.equal(x, y) for x, y in zip(a.boxes, b.boxes, strict=True))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_boxes_travel_with_their_image(table, workers):
+    for batch in epoch_of(table, epoch=1, view="canvas", workers=workers):
+        rows = data.box_rows(batch.boxes)
+        assert rows.shape == (sum(map(len, batch.boxes)), 6) and rows[:, 2:].min() >= 0 and rows[:, 2:].max() <= 32
+        for i, index in enumerate(batch.index.tolist()):
+            own = rows[rows[:, 0] == i]
+            assert torch.equal(own[:, 1:], batch.boxes[i])
+            assert set(own[:, 1].long().tolist()) <= set(np.flatnonzero(table.labels[index]).tolist())
+
+
 def test_workers_may_be_spawned(table):
     images = data.Images(table, 32, "multi-scale", train=True)
     loader = data.Loader(images, 10, workers=1)
