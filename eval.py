@@ -1,6 +1,7 @@
 """Multi-label metrics, as functions of logits and ternary labels, and the command line that compares score files.
 
     python eval.py score runs/a/scores.npz runs/b/scores.npz --per-class --min-positives 9
+    python eval.py voc12 RUN/scores.npz                         what PASCAL's evaluation server scores
 
 Two definitions of average precision are in use, and two of CF1; every table here prints both.
   points   mean of the precision at each positive (ML-GCN, ASL, CSRA, scikit-learn)
@@ -19,11 +20,13 @@ import json
 import math
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+import data
 from data import UserError, normalise, targets, write_atomically
 
 KINDS = ("points", "area", "11point")
@@ -272,7 +275,24 @@ def score(args):
         shared = [name for name in rows[0] if all(name in other for other in rows)]
         print("\nAP per class (points)")
         lines, columns = with_statistics(names, [(name, [row[name][1] for row in rows]) for name in shared])
-        print(table_text([(name, [rows[0][name][0], *v]) for name, v in lines], ["positives", *columns]))
+        lines = [(name, [rows[0][name][0], *v]) for name, v in lines]
+        if args.shifts:
+            variances = shift_variances(args.shifts, args.root, args.split)
+            lines = [(name, [*v, *variances.get(name, ("-", "-"))]) for name, v in lines]
+            columns = [*columns, "var dx", "var dy"]
+        print(table_text(lines, ["positives", *columns]))
+    elif args.shifts:
+        raise UserError("--shifts adds columns to --per-class; give both")
+
+
+def shift_variances(name, root, split):
+    """Class -> texts of the variance of its objects' shift from the image's centre along x and y (OASS Figs. 2, 6)."""
+    root = root or data.default_root(name)
+    table = data.load_split(name, root, split or data.default_splits(name)[0], boxes=True)
+    sizes, broken = data.image_sizes([table], 4)
+    if broken:
+        raise UserError(broken[0])
+    return {row[0]: row[4:] for row in data.shifts({"": table}, sizes)}
 
 
 def with_statistics(columns, lines):
@@ -293,6 +313,31 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def voc12(args):
+    """`eval.py voc12`: a text file per class, a line `<image id> <confidence>` per image, as PASCAL's server wants it.
+
+    comp2: trained on other data too, which ImageNet's weights are. The confidence is the logit: it ranks as the
+    probability does, without its ties near 1.
+    """
+    content = load_scores(args.file)
+    classes = [str(name) for name in content["classes"]]
+    if sorted(classes) != sorted(data.VOC_CLASSES):
+        raise UserError(f"{args.file}: has the classes {', '.join(classes)}; the server wants VOC's 20")
+    folder = Path(args.out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be made ({error.strerror}); choose another") from None
+    for name, scores in zip(classes, content["scores"].T, strict=True):
+        with write_atomically(folder / f"comp2_cls_test_{name}.txt", "w") as file:
+            file.writelines(f"{i} {score:.9g}\n" for i, score in zip(content["images"], scores, strict=True))
+    print(f"{folder}: 20 files comp2_cls_test_<class>.txt of {len(content['images']):,} images")
+    wanted = data.KNOWN_SIZES["voc2012", "test"][0]
+    if len(content["images"]) != wanted:
+        print(f"WARNING: VOC2012's test split has {wanted:,} images: --data voc2012 --test-split test", file=sys.stderr)
+    print("the server takes a .tar.gz of the folder results/VOC2012/Main with these files in it")
+
+
 def arguments():
     """Parser of `python eval.py`."""
     parser = argparse.ArgumentParser(description="Metrics of score files.", allow_abbrev=False)
@@ -310,6 +355,17 @@ def arguments():
     command.add_argument("--threshold", type=float, help="probability from which a class is predicted (default: run's)")
     command.add_argument("--eleven-point", action="store_true", help="also VOC2007's 11-point AP")
     command.add_argument("--json", action="store_true", help="print JSON; a value without positives is null")
+    command.add_argument(
+        "--shifts", metavar="SET", type=data.set_name, help="with --per-class: object shifts of this data set (Fig. 6)"
+    )
+    command.add_argument("--root", metavar="DIR", help="of --shifts: its folder (default: datasets/SET)")
+    command.add_argument("--split", help="of --shifts: its split (default: the training split)")
+    command = commands.add_parser("voc12", help="scores as the VOC2012 server's text files", allow_abbrev=False)
+    command.set_defaults(run=voc12)
+    command.add_argument("file", metavar="FILE.npz", help="scores.npz of a run with --data voc2012 --test-split test")
+    command.add_argument(
+        "--out", default="runs/voc12/results/VOC2012/Main", metavar="DIR", help="where to write (default: %(default)s)"
+    )
     return parser
 
 

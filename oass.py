@@ -249,8 +249,8 @@ def puzzle_losses(cam, cam_re, y, image, cls=None):
 
 
 def ramp(step, steps):
-    """0 before the first step, linearly up to 1 after `steps`."""
-    return min(step / max(steps, 1), 1.0)
+    """0 before the first step, linearly up to 1 after `steps`; without steps 1 at once."""
+    return min(step / steps, 1.0) if steps else 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
