@@ -245,6 +245,10 @@ def short_names(paths):
 
 def score(args):
     """`eval.py score`: one column per file, mean and deviation over three or more, difference between two."""
+    if args.shifts and (args.json or not args.per_class):
+        raise UserError("--shifts adds columns to the table of --per-class, without --json")
+    if (args.root or args.split) and not args.shifts:
+        raise UserError("--root and --split say where the objects of --shifts are")
     results, rows, names = [], [], short_names(args.files)
     for path in args.files:
         content = load_scores(path)
@@ -281,8 +285,6 @@ def score(args):
             lines = [(name, [*v, *variances.get(name, ("-", "-"))]) for name, v in lines]
             columns = [*columns, "var dx", "var dy"]
         print(table_text(lines, ["positives", *columns]))
-    elif args.shifts:
-        raise UserError("--shifts adds columns to --per-class; give both")
 
 
 def shift_variances(name, root, split):

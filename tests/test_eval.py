@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+import data
 import eval as metrics
 from data import Table, UserError
 
@@ -231,3 +232,47 @@ def test_a_missing_or_broken_score_file_is_named(tmp_path, content):
         metrics.load_scores(path)
     with pytest.raises(SystemExit, match=r"eval\.py: .*scores\.npz"):
         metrics.main(["score", str(path)])
+
+
+def test_per_class_differences_stand_beside_the_shifts_of_the_objects(toy, tmp_path, capsys):
+    table, paths = data.load_split("toy", toy, "val", boxes=True), []
+    for seed in range(2):
+        paths.append(str(tmp_path / f"{seed}.npz"))
+        metrics.save_scores(paths[-1], np.random.default_rng(seed).normal(size=(24, 12)), table, "positive")
+    metrics.main(["score", *paths, "--per-class", "--shifts", "toy", "--root", toy, "--split", "val"])
+    head, *rows = capsys.readouterr().out.split("AP per class (points)")[1].strip().splitlines()
+    assert head.split()[-5:] == ["difference", "var", "dx", "var", "dy"]
+    found = {" ".join(row.split()[:2]): row.split()[2:] for row in rows}
+    x = []
+    for file, boxes in zip(table.files, table.boxes, strict=True):
+        height, width = data.read_image(file).shape[1:]
+        own = boxes[boxes[:, 0] == 0]
+        x += ((own[:, 1] + own[:, 3] - width) / 2 * 512 / max(width, height)).tolist()
+    assert int(found["red ring"][4]) == round(np.var(x)) and len(x) > 1
+    assert float(found["red ring"][3]) == pytest.approx(
+        float(found["red ring"][2]) - float(found["red ring"][1]), abs=0.011
+    )
+    for flags in (["--shifts", "toy"], ["--root", toy], ["--shifts", "toy", "--per-class", "--json"]):
+        with pytest.raises(SystemExit, match="--shifts"):
+            metrics.main(["score", *paths, *flags])
+
+
+def test_voc12_writes_what_the_server_reads(tmp_path, capsys):
+    rng, names = np.random.default_rng(0), [f"2008_{i:06d}" for i in range(7)]
+    scores, classes = rng.normal(0, 30, (7, 20)).astype(np.float32), data.VOC_CLASSES[::-1]
+    path, out = tmp_path / "scores.npz", tmp_path / "results" / "VOC2012" / "Main"
+    metrics.save_scores(path, scores, Table(names, names, np.full((7, 20), -1, np.int8), classes), "positive")
+    metrics.main(["voc12", str(path), "--out", str(out)])
+    assert "WARNING: VOC2012's test split has 10,991 images" in capsys.readouterr().err
+    assert {p.name for p in out.iterdir()} == {f"comp2_cls_test_{c}.txt" for c in data.VOC_CLASSES}
+    for c, column in zip(classes, scores.T, strict=True):
+        lines = (out / f"comp2_cls_test_{c}.txt").read_text().splitlines()
+        assert [line.split(" ")[0] for line in lines] == names
+        assert (np.array([line.split(" ")[1] for line in lines], np.float32) == column).all()  # to the last bit
+    metrics.save_scores(path, scores[:, :2], Table(names, names, np.ones((7, 2), np.int8), ("cat", "emu")), "positive")
+    with pytest.raises(SystemExit, match="has the classes cat, emu; the server wants VOC's 20"):
+        metrics.main(["voc12", str(path), "--out", str(out)])
+    (tmp_path / "file").write_text("")
+    metrics.save_scores(path, scores, Table(names, names, np.ones((7, 20), np.int8), classes), "positive")
+    with pytest.raises(SystemExit, match="cannot be made"):
+        metrics.main(["voc12", str(path), "--out", str(tmp_path / "file" / "x")])
