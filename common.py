@@ -986,7 +986,7 @@ def draw_curves(log, path):
 def draw_chart(picture, box, records, names, title):
     """Lines of the named values over the epoch inside box (left, top, right, bottom)."""
     left, top, right, bottom = box
-    draw, colours = ImageDraw.Draw(picture), ("black", (200, 60, 40), (40, 90, 200), (30, 140, 60))
+    draw, colours = ImageDraw.Draw(picture), ("black", (200, 60, 40), (40, 90, 200), (30, 140, 60), (170, 90, 190))
     points = {n: [(r["epoch"], r[n]) for r in records if r.get(n) is not None] for n in names}
     points = {n: p for n, p in points.items() if p}
     values = [v for p in points.values() for _, v in p] or [0.0]
@@ -1007,7 +1007,7 @@ def draw_chart(picture, box, records, names, title):
             )
             for e, v in line
         ]
-        draw.line(xy, fill=colours[k % 4], width=2)
+        draw.line(xy, fill=colours[k % 5], width=2)
         for x, y in xy:
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colours[k % 4])
-        write_text(picture, (left + 105 * k, top - 24), name, 14, colours[k % 4])
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colours[k % 5])
+        write_text(picture, (left + 90 * k, top - 24), name, 14, colours[k % 5])
