@@ -22,6 +22,7 @@ from torch.nn import functional as nnf
 import common
 import data
 import eval as metrics
+import oass
 import sadcl
 import srdl
 from data import UserError
@@ -630,6 +631,7 @@ def test_readme_commands_parse(run):
     parsers = {
         "srdl.py": srdl.parse,
         "sadcl.py": sadcl.parse,
+        "oass.py": oass.parse,
         "eval.py": metrics.arguments().parse_args,
         "data.py": data.arguments().parse_args,
     }

@@ -18,6 +18,7 @@ from PIL import Image
 
 import common
 import data
+import oass
 import sadcl
 import srdl
 from data import UserError
@@ -287,10 +288,13 @@ def test_broken_vg500_files_are_named(vg500, change, message):
 
 @pytest.mark.parametrize("name", ["coco", "nuswide", "vg500", "own_csv"])
 @pytest.mark.parametrize(
-    ("method", "flags"), [(srdl, ["--glove", "hash"]), (sadcl, ["--stop-after", "1", "1"])], ids=["srdl", "sadcl"]
+    ("method", "flags"),
+    [(srdl, ["--glove", "hash"]), (sadcl, ["--stop-after", "1", "1"]), (oass, ["--keypoint", "ctopk-w", "--csi"])],
+    ids=["srdl", "sadcl", "oass"],
 )
 def test_every_script_trains_on_every_set(name, method, flags, request, tmp_path, monkeypatch):
-    monkeypatch.setattr(method, "draw_attention", lambda run, path: path.touch())
+    picture = "draw_keypoints" if method is oass else "draw_attention"
+    monkeypatch.setattr(method, picture, lambda run, path: path.touch())
     place = request.getfixturevalue(name)
     where = ["--data", str(place)] if name == "own_csv" else ["--data", name, "--root", str(place)]
     args = method.parse([*where, *QUICK.split(), *flags, "--out", str(tmp_path / "run")])
