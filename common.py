@@ -597,12 +597,13 @@ class Run:
 
     # -- preparation
 
-    def prepare(self, optimizer, schedule, fill=None):
+    def prepare(self, optimizer, schedule, fill=None, clip=None):
         """Give the run its optimizer and schedule (stepped once an optimizer step); returns the network to train:
         the model, or its DDP wrapper. Applies --init-from, --resume, --amp, --ema-decay, --sync-bn. fill(): called
-        unless a checkpoint is resumed, when weights and precision are there, before the first checkpoint is written."""
+        unless a checkpoint is resumed, when weights and precision are there, before the first checkpoint is written.
+        clip: largest norm of the gradient over all parameters."""
         args, env = self.args, self.env
-        self.optimizer, self.schedule = optimizer, schedule
+        self.optimizer, self.schedule, self.clip = optimizer, schedule, clip
         if args.init_from and not self.state and not self.follows:
             path = Path(args.init_from)
             state = load_checkpoint(path / "last.pt" if path.is_dir() else path)
@@ -751,6 +752,9 @@ class Run:
             self.check_finite()
         self.scaler.scale(loss / self.args.accumulate).backward()
         if self.parts % self.args.accumulate == 0:
+            if self.clip:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)

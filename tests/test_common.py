@@ -160,13 +160,13 @@ class Tiny(nn.Module):
         return self.head(self.body(images.mean((2, 3))).tanh())
 
 
-def train_tiny(toy, out, *flags, rate=0.1):
+def train_tiny(toy, out, *flags, rate=0.1, clip=None):
     args = srdl.parse(["--root", toy, *SMALL, "--out", str(out), *flags])
     env = common.start(args)
     train, test = common.load_data(args, env)
     run = common.Run(args, env, Tiny(), train, test)
     optimizer = torch.optim.SGD(run.model.parameters(), rate)
-    net = run.prepare(optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5))
+    net = run.prepare(optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5), clip=clip)
     history = []
     for epoch in run.epochs():
         for images, labels in run.batches(epoch):
@@ -219,6 +219,15 @@ def test_half_precision_trains_and_fp16_scales_the_loss(toy, tmp_path, amp):
     assert run.precision == amp and run.scaler.is_enabled() == (amp == "fp16")
     _, expected = train_tiny(toy, tmp_path / "full")
     assert close(history[-1], expected[-1], atol=5e-3) and not close(history[-1], expected[-1], atol=0)
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_clipping_bounds_the_step_whatever_the_loss_is_scaled_by(toy, tmp_path, amp):
+    start = {n: p.detach().clone() for n, p in train_tiny(toy, tmp_path / "still", rate=0)[0].model.named_parameters()}
+    _, free = train_tiny(toy, tmp_path / "free", "--amp", amp, "--limit", "4", rate=0.5)
+    _, clipped = train_tiny(toy, tmp_path / "clipped", "--amp", amp, "--limit", "4", rate=0.5, clip=0.01)
+    moved = [torch.stack([(h[-1][n] - start[n]).square().sum() for n in start]).sum().sqrt() for h in (free, clipped)]
+    assert len(free) == 1 and moved[0] > 0.02 and moved[1] == pytest.approx(0.5 * 0.01, rel=1e-3)
 
 
 def test_auto_precision_tries_both_and_leaves_no_trace(toy, tmp_path, capsys):
