@@ -335,7 +335,7 @@ def load_data(args, env, boxes=False):
 
 
 class Backbone(nn.Module):
-    """An ImageNet network cut in three: images (B, 3, H, W) -> F8, F16, F32 of `channels` at strides 8, 16, 32.
+    """An ImageNet network cut in three: images (B, 3, H, W) -> F8, F16, F32 of `channels` at `strides` 8, 16, 32.
 
     last_stride=1 keeps the last stage at stride 16. frozen: names of submodules ("to8", "to16", "to8.layer1") that
     get no gradient and keep BatchNorm in eval mode; frozen_bn: all BatchNorm likewise. weights: see `pretrained`.
@@ -362,6 +362,7 @@ class Backbone(nn.Module):
             strided = [first.conv2 if hasattr(first, "conv3") else first.conv1, first.downsample[0]]
         for conv in strided if last_stride == 1 else ():
             conv.stride = (1, 1)
+        self.strides = (8, 16, 16 * last_stride)
         self.frozen, self.frozen_bn = frozen, frozen_bn
         for module in self.still():
             module.requires_grad_(False)
