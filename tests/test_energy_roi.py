@@ -1,4 +1,4 @@
-"""energy_roi.py against the paper: region selection against scipy, plain loops for the rest, every row of its tables."""
+"""energy_roi.py against the paper: region selection against scipy, plain loops, every row of its tables."""
 
 import inspect
 import itertools
@@ -325,3 +325,367 @@ def test_selection_on_a_gpu_equals_the_cpu_without_synchronisation():
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, ours, strict=True)), kind
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses and fusion
+
+
+@pytest.mark.parametrize("positives", ["some", "none", "all"])
+def test_eq2_equals_a_plain_loop_and_leaves_present_classes_alone(positives):
+    torch.manual_seed(0)
+    z = torch.randn(3, 5, 7, 11, dtype=torch.double, requires_grad=True)
+    y = {"some": torch.rand(3, 5) < 0.4, "none": torch.zeros(3, 5) > 0, "all": torch.ones(3, 5) > 0}[positives]
+    ours = energy_roi.weak_loss(z, y)
+    terms = []
+    for i in range(3):
+        absent = [c for c in range(5) if not y[i, c]]
+        for a, b in itertools.product(range(7), range(11)):
+            cell = [-torch.log(1 - torch.sigmoid(z[i, c, a, b])) / len(absent) for c in absent]
+            terms.append(sum(cell, torch.zeros(())) / 77)
+    expected = sum(terms) / 3
+    assert torch.allclose(ours, expected.to(ours), rtol=1e-12)
+    grad = torch.autograd.grad(ours, z)[0]
+    assert (grad[y] == 0).all() and (grad[~y] > 0).all()
+    if positives != "all":
+        assert torch.allclose(grad, torch.autograd.grad(expected, z)[0], rtol=1e-10)
+
+
+def test_eq2_of_huge_activations_is_finite():
+    z = torch.full((1, 2, 3, 3), 500.0, requires_grad=True)
+    loss = energy_roi.weak_loss(z, torch.tensor([[False, True]]))
+    loss.backward()
+    assert loss == 500 and z.grad.isfinite().all()
+
+
+def test_the_average_of_both_predictions_is_exact_and_monotone():
+    a, b = torch.randn(2, 1000, dtype=torch.double, generator=torch.Generator().manual_seed(0)) * 4
+    mean = (a.sigmoid() + b.sigmoid()) / 2
+    assert torch.allclose(energy_roi.mean_prediction(a, b), mean.logit(), rtol=1e-9)
+    assert torch.allclose(energy_roi.mean_prediction(a, a), a, rtol=1e-9)
+    far = energy_roi.mean_prediction(torch.tensor([40.0, 41, -100]), torch.tensor([40.0, 40, -101]))
+    assert far.isfinite().all() and far[0] < far[1] and far[2] == pytest.approx(-100.38, abs=0.01)
+
+
+def test_the_log_counts_regions_and_boxes():
+    z = torch.full((2, 3, 2, 2), -1.0)
+    z[0, 1, 0, 0] = z[1, 0, 1, 1] = 1
+    top = torch.tensor([[1, 2], [2, 1]])
+    valid = torch.zeros(2, 2, 1, 3, dtype=torch.bool)
+    valid[0, 0], valid[1, 0, 0, 0] = True, True
+    y = torch.tensor([[True, True, False], [False, False, True]])
+    seen = energy_roi.regions_seen(z, top, valid, y)
+    assert {k: round(float(v), 4) for k, v in seen.items()} == {
+        "maps_with_region": 0.25,
+        "boxes_per_image": 2.0,
+        "silent_present": 0.6667,
+    }
+    assert energy_roi.regions_seen(z, top, valid, y & False)["silent_present"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network against plain loops
+
+
+def network(classes=7, backbone="resnet18", last_stride=1, seed=0, **options):
+    torch.manual_seed(seed)
+    return energy_roi.EnergyROI(common.Backbone(backbone, last_stride=last_stride), classes, **options)
+
+
+def frozen_norm(model):
+    """In train mode, but for BatchNorm."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
+def warm(model, images):
+    """Statistics of its own for every BatchNorm, the weak maps' shifted so that some maps are silent."""
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(images)
+        if model.local:
+            model.weak_bn.bias.copy_(torch.linspace(-2.5, 0.5, len(model.weak_bn.bias)))
+    return model.eval()
+
+
+def images_of(b=3, h=64, w=96, seed=0):
+    return torch.randn(b, 3, h, w, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_attention(layer, x):
+    """Eqs. 3 and 4 for one image x (T, D), a row at a time."""
+    q, k, v = (x @ part.weight.T + part.bias for part in (layer.q, layer.k, layer.v))
+    rows = []
+    for t in range(len(x)):
+        weights = torch.stack([torch.exp(q[t] @ k[s] / q.shape[1] ** 0.5) for s in range(len(x))])
+        rows.append(sum(w * v[s] for s, w in enumerate(weights / weights.sum())))
+    return torch.stack(rows)
+
+
+def plain_forward(model, images):
+    """Global and local logits, an image, a box, a class at a time; only what exists takes part."""
+    all_levels = model.backbone(images)
+    z = model.weak_maps(all_levels[model.weak_level])
+    bn, rows = model.weak_bn, ([], [])
+    with torch.no_grad():
+        g = model.look_globally(all_levels[2])[0]
+        stats = [t.detach().float().numpy() for t in (bn.running_mean, bn.running_var)]
+        boxes, valid = plain_selection(z.numpy(force=True), g.numpy(force=True), *stats, **model.selection)
+    for i in range(len(images)):
+        f32 = all_levels[2][i].flatten(1).T  # (P, D)
+        y = plain_attention(model.ga, f32) if model.ga else f32
+        at = y @ model.fc.weight.T + model.fc.bias
+        rows[0].append(torch.stack([at[:, c].max() for c in range(at.shape[1])]))
+        tokens, owner = [torch.stack([y[:, d].max() for d in range(y.shape[1])])], []
+        stride, cell = model.backbone.strides[model.roi_level], model.backbone.strides[model.weak_level]
+        for j, r, s in zip(*valid[i].nonzero(), strict=True):
+            box = torch.tensor(boxes[i, j, r, s] * cell / stride, dtype=images.dtype)[None]
+            roi = energy_roi.roi_align(all_levels[model.roi_level][i : i + 1], [box], 3, 1.0, 2, True)
+            tokens.append(model.transform(roi)[0].flatten(1).amax(1))
+            owner.append(j)
+        out = plain_attention(model.ca, torch.stack(tokens)) if model.ca else torch.stack(tokens)
+        summed = {j: sum(o for o, k in zip(out[1:], owner, strict=True) if k == j) for j in owner}
+        scores = [v @ model.fc_local.weight.T + model.fc_local.bias for v in summed.values()]
+        rows[1].append(torch.stack(scores).amax(0))
+    return [torch.stack(r) for r in rows]
+
+
+def with_gradients(model, forward, images):
+    model.zero_grad()
+    outputs = forward(model, images)
+    weight = torch.linspace(-1, 1, outputs[0].numel(), dtype=images.dtype).view_as(outputs[0])
+    (outputs[0].sin() * weight + outputs[1].cos() * weight.flip(0)).sum().backward()
+    return [o.detach() for o in outputs] + [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ke": 3, "rank": "area"},
+        {"ca": False, "ks": 2},
+        {"ga": False, "kr": 1},
+        {"ga": False, "ca": False, "roi_level": 8, "weak_level": 16, "tied": False},
+        {"roi_level": 32, "tied": True},
+    ],
+)
+@pytest.mark.parametrize("last_stride", [1, 2])
+def test_the_network_equals_plain_loops(options, last_stride):
+    if last_stride == 2 and "tied" not in options:
+        pytest.skip("once is enough")
+    model, images = network(last_stride=last_stride, **options).double(), images_of(2).double()
+    warm(model, images)
+    frozen_norm(model)
+    plain, ours = (with_gradients(model, f, images) for f in (plain_forward, lambda m, x: m(x)[:2]))
+    assert len(plain) == len(ours) > 60
+    for a, b in zip(plain, ours, strict=True):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_global_feature_is_a_maximum_of_its_own():
+    model = network(ga=False)
+    f = torch.randn(2, 512, 3, 5)
+    logits, f_g = model.look_globally(f)
+    assert torch.equal(f_g, f.amax((2, 3))) and not torch.allclose(model.fc(f_g), logits, atol=0.1)
+
+
+def garbage(model, images, more):
+    """Local logits, their gradients and BatchNorm's new statistics, in train mode, with `more` masked slots whose boxes
+    are arbitrary."""
+    model.train().zero_grad()
+    levels = model.backbone(images)
+    _, f_g = model.look_globally(levels[2])
+    boxes = torch.tensor([[0, 0, 32, 48], [16, 16, 64, 64], [0, 16, 32, 32.0]]).repeat(len(images), 1, 1)  # (B, 3, 4)
+    valid = torch.tensor([[True, True, False], [False, True, False]])
+    if more:
+        extra = torch.rand(len(images), more, 4) * 1e3 - 200
+        boxes, valid = torch.cat([boxes, extra], 1), nnf.pad(valid, (0, more))
+        boxes[:, 2] = -1e6
+    f_l = model.look_locally(energy_roi.full(levels[1]), boxes, valid, 16)
+    shape = (3 + more, 1, 1)
+    embeddings, logits = model.fuse_regions(f_g, f_l, valid.unflatten(1, shape))
+    logits.square().sum().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    stats = {n: t.clone() for n, t in model.named_buffers()}
+    return logits.detach(), embeddings.detach()[:, :3], grads, stats
+
+
+@pytest.mark.parametrize("ca", [True, False])
+def test_masked_slots_change_nothing_in_train_mode(ca):
+    images = images_of(2)
+    results = [garbage(network(ca=ca), images, more) for more in (0, 5)]
+    for a, b in zip(results[0][:2], results[1][:2], strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    for kind in (2, 3):
+        a, b = (r[kind] for r in results)
+        assert a.keys() == b.keys() and len(a) > 60
+        for name in a:
+            assert torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_regions_that_are_not_there_change_nothing_in_train_mode():
+    """More slots than any map has regions: the same step."""
+    images, results = images_of(4), []
+    for ke in (9, 13):
+        model = network(ke=ke).train()
+        logits, local, z, _, valid = model(images)
+        assert not valid[:, :, 8].any() and valid[:, :, 0].any()
+        local.square().sum().backward()
+        results.append((logits.detach(), local.detach(), model.transform[0][0].conv1.weight.grad, model.fc.weight.grad))
+        results[-1] += (model.transform[0][1].bn2.running_var.clone(), model.ca.k.weight.grad)
+    for a, b in zip(*results, strict=True):
+        assert a is b or torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_silent_maps_train():
+    model = network().train()
+    with torch.no_grad():
+        model.weak_bn.bias.fill_(-100)
+    logits, local, z, _, valid = model(images_of(2))
+    assert (z < 0).all() and valid.flatten(1).sum(1).tolist() == [1, 1]
+    y = torch.zeros_like(logits)
+    (nnf.binary_cross_entropy_with_logits(local, y) + logits.mean() + energy_roi.weak_loss(z, y > 0)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    with torch.no_grad():
+        assert model.eval()(images_of(1)).isfinite().all()
+
+
+def test_only_l_weak_trains_the_weak_head():
+    model = network().train()
+    logits, local, z, _, _ = model(images_of(2))
+    (logits.sum() + local.sum()).backward(retain_graph=True)
+    assert model.weak_conv.weight.grad is None and model.weak_bn.bias.grad is None
+    model.zero_grad()
+    energy_roi.weak_loss(z, torch.zeros(2, 7) > 0).backward()
+    reached = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == {"backbone", "weak_conv", "weak_bn"}
+
+
+def test_a_tied_weak_head_has_the_classifiers_weight():
+    model = network(tied=True).train()
+    f = torch.randn(2, 512, 3, 5)
+    z = model.weak_maps(f)
+    expected = nnf.batch_norm(nnf.conv2d(f, model.fc.weight[..., None, None]), None, None, training=True)
+    assert torch.allclose(z, expected, atol=1e-5) and not any("weak_conv" in n for n in model.state_dict())
+    energy_roi.weak_loss(z, torch.zeros(2, 7) > 0).backward()
+    assert model.fc.weight.grad.abs().sum() > 0 and model.fc.bias.grad is None
+
+
+def test_classes_are_chosen_by_the_same_rule_in_training_and_test():
+    model, images = network(), images_of(3)
+    warm(model, images)
+    with torch.no_grad():
+        tested, trained = model.analyse(images), frozen_norm(model)(images)
+    assert torch.equal(tested["top"], trained[3]) and torch.equal(tested["valid"], trained[4])
+    assert torch.equal(tested["logits"].topk(4).values, tested["logits"].gather(1, tested["top"]))
+
+
+@pytest.mark.parametrize("options", [{}, {"ca": False, "ga": False}, {"local": False}, {"kr": 5, "ke": 3}])
+def test_two_images_equal_two_times_one(options):
+    model, images = network(**options), images_of(3)
+    warm(model, images)
+    with torch.no_grad():
+        assert torch.allclose(model(images), torch.cat([model(i[None]) for i in images]), atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("size", [(448, 448), (576, 576), (320, 500), (31, 33)])
+def test_every_input_size_works(size, backbone):
+    model = network(backbone=backbone, last_stride=2).eval()
+    with torch.no_grad():
+        seen = model.analyse(images_of(1, *size))
+    assert seen["z"].shape[2:] == tuple(-(-n // 32) for n in size)
+    assert seen["local"].isfinite().all() and seen["boxes"].shape == (1, 24, 4)
+
+
+@pytest.mark.parametrize("classes", [1, 3, 500])
+@pytest.mark.parametrize("positives", [0, 1])
+def test_any_number_of_classes_and_no_positive_label_train(classes, positives):
+    model = frozen_norm(network(classes))
+    logits, local, z, top, valid = model(images_of(1))
+    assert top.shape == (1, min(4, classes)) and local.shape == (1, classes)
+    y = torch.full((1, classes), bool(positives))
+    loss = sum(nnf.binary_cross_entropy_with_logits(x, y.float()) for x in (logits, local))
+    (loss + energy_roi.weak_loss(z, y)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(v.isfinite() for v in energy_roi.regions_seen(z, top, valid, y).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"ca": False, "ga": False}, {"roi_level": 8}])
+def test_half_precision_is_finite_and_scores_are_float32(dtype, options):
+    model, images = network(**options).train(), images_of(2, 64, 64)
+    with torch.autocast("cpu", dtype):
+        logits, local, z, _, valid = model(images)
+    for x in (logits, local, z):
+        assert x.dtype == torch.float32 and x.isfinite().all() and not torch.equal(x, x.to(dtype).float())
+    (logits.mean() + local.mean() + energy_roi.weak_loss(z, torch.zeros(2, 7) > 0)).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert torch.allclose(logits, model(images)[0], atol=0.3) and valid.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
+def test_training_on_a_gpu(energy_run, amp):
+    record, _ = energy_run("--gpus", "0", "--amp", amp)
+    assert np.isfinite(record["loss"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Size and cost
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_parameters_of_table_8():
+    with torch.device("meta"):
+        backbone = common.Backbone("resnet101")
+        assert parameters(energy_roi.EnergyROI(backbone, 80, ca=False, ga=False)) == 57_956_736  # paper: 57.63 M
+        assert parameters(energy_roi.EnergyROI(backbone, 80)) == 74_660_224  # paper: 74.42 M
+        alone = energy_roi.EnergyROI(backbone, 80, local=False, ga=False)
+        assert parameters(alone) == parameters(energy_roi.GAP(backbone, 80)) == 42_500_160 + 2049 * 80
+
+
+def test_macs_of_table_8(monkeypatch):
+    """In G at 448 with all 24 boxes; the paper's are 31.39, 32.43, 35.98, of another counter."""
+    monkeypatch.setattr(energy_roi, "kept_slots", lambda valid: torch.arange(valid.numel(), device=valid.device))
+    counts = []
+    with torch.device("meta"), torch.no_grad():
+        backbone, images = common.Backbone("resnet101"), torch.empty(1, 3, 448, 448)
+        for options in ({"local": False, "ga": False}, {"ca": False, "ga": False}, {}):
+            model = energy_roi.EnergyROI(backbone, 80, **options).eval()
+            with FlopCounterMode(display=False) as counter:
+                model(images)
+            counts.append(counter.get_total_flops() / 2e9)
+    assert counts == pytest.approx(MACS, abs=0.005)
+    paper = 31.39, 32.43, 35.98
+    assert all(abs(ours / theirs - 1) < 0.017 for ours, theirs in zip(counts, paper, strict=True))
+
+
+MACS = (31.23, 32.79, 35.54)
+
+
+@pytest.mark.parametrize("name", common.BACKBONES)
+def test_transform_layers_are_a_copy_of_every_backbones_last_stage(name):
+    torch.manual_seed(0)
+    heavy = name not in ("resnet18", "mobilenet_v2")
+    with torch.device("meta" if heavy else "cpu"):
+        backbone = common.Backbone(name)
+        for level, channels in zip((8, 16, 32), backbone.channels, strict=True):
+            layers = energy_roi.transform_layers(backbone, channels)
+            own, source = layers.state_dict(), backbone.to32.state_dict()
+            other = {n for n in own if own[n].shape != source[n].shape}
+            assert own.keys() == source.keys() and len(other) == (
+                0 if level == 16 else 1 if name == "mobilenet_v2" else 2
+            )
+            if not heavy:
+                same = {n for n in own if n not in other and torch.equal(own[n], source[n])}
+                assert same | other == own.keys()
+            assert not {id(p) for p in layers.parameters()} & {id(p) for p in backbone.parameters()}
+            pooled = layers.eval()(torch.empty(5, channels, 3, 3))
+            assert pooled.shape == (5, backbone.channels[2], 2, 2)
