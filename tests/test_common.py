@@ -21,6 +21,7 @@ from torch.nn import functional as nnf
 
 import common
 import data
+import energy_roi
 import eval as metrics
 import oass
 import sadcl
@@ -49,13 +50,14 @@ def test_help_prints_the_defaults_of_the_data_set(capsys):
         assert "(default: None)" not in text
 
 
-def test_every_flag_has_help_and_is_read():
+@pytest.mark.parametrize("script", ["srdl.py", "sadcl.py", "energy_roi.py", "oass.py"])
+def test_every_flag_has_help_and_is_read(script):
     parser = common.arguments("")
-    source = "".join(Path(name).read_text() for name in ("srdl.py", "common.py", "data.py"))
+    source = "".join(Path(name).read_text() for name in (script, "common.py", "data.py"))
     used = set(re.findall(r"args\.(\w+)", source))
     for action in parser._actions[1:]:
         assert action.help and action.dest in used, action.dest
-    for dest in re.findall(r'add\("--([\w-]+)"', Path("srdl.py").read_text()):
+    for dest in re.findall(r'add\("--([\w-]+)"', Path(script).read_text()):
         assert dest.replace("-", "_") in used, dest
 
 
@@ -641,6 +643,7 @@ def test_readme_commands_parse(run):
         "srdl.py": srdl.parse,
         "sadcl.py": sadcl.parse,
         "oass.py": oass.parse,
+        "energy_roi.py": energy_roi.parse,
         "eval.py": metrics.arguments().parse_args,
         "data.py": data.arguments().parse_args,
     }

@@ -18,6 +18,7 @@ from PIL import Image
 
 import common
 import data
+import energy_roi
 import oass
 import sadcl
 import srdl
@@ -289,11 +290,16 @@ def test_broken_vg500_files_are_named(vg500, change, message):
 @pytest.mark.parametrize("name", ["coco", "nuswide", "vg500", "own_csv"])
 @pytest.mark.parametrize(
     ("method", "flags"),
-    [(srdl, ["--glove", "hash"]), (sadcl, ["--stop-after", "1", "1"]), (oass, ["--keypoint", "ctopk-w", "--csi"])],
-    ids=["srdl", "sadcl", "oass"],
+    [
+        (srdl, ["--glove", "hash"]),
+        (sadcl, ["--stop-after", "1", "1"]),
+        (energy_roi, ["--rank", "area"]),
+        (oass, ["--keypoint", "ctopk-w", "--csi"]),
+    ],
+    ids=["srdl", "sadcl", "energy_roi", "oass"],
 )
 def test_every_script_trains_on_every_set(name, method, flags, request, tmp_path, monkeypatch):
-    picture = "draw_keypoints" if method is oass else "draw_attention"
+    picture = {energy_roi: "draw_regions", oass: "draw_keypoints"}.get(method, "draw_attention")
     monkeypatch.setattr(method, picture, lambda run, path: path.touch())
     place = request.getfixturevalue(name)
     where = ["--data", str(place)] if name == "own_csv" else ["--data", name, "--root", str(place)]

@@ -4,7 +4,6 @@ import inspect
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import textwrap
@@ -25,7 +24,7 @@ import common
 import data
 import energy_roi
 import eval as metrics
-from energy_roi import components, select_regions, strongest_rectangles
+from energy_roi import components, select_regions
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Region selection: the oracle is the plain code that select_regions' docstring shows
@@ -421,8 +420,8 @@ def plain_attention(layer, x):
     q, k, v = (x @ part.weight.T + part.bias for part in (layer.q, layer.k, layer.v))
     rows = []
     for t in range(len(x)):
-        weights = torch.stack([torch.exp(q[t] @ k[s] / q.shape[1] ** 0.5) for s in range(len(x))])
-        rows.append(sum(w * v[s] for s, w in enumerate(weights / weights.sum())))
+        weights = torch.exp(k @ q[t] / q.shape[1] ** 0.5)
+        rows.append((weights[:, None] * v).sum(0) / weights.sum())
     return torch.stack(rows)
 
 
@@ -440,7 +439,7 @@ def plain_forward(model, images):
         y = plain_attention(model.ga, f32) if model.ga else f32
         at = y @ model.fc.weight.T + model.fc.bias
         rows[0].append(torch.stack([at[:, c].max() for c in range(at.shape[1])]))
-        tokens, owner = [torch.stack([y[:, d].max() for d in range(y.shape[1])])], []
+        tokens, owner = [y.max(0).values], []
         stride, cell = model.backbone.strides[model.roi_level], model.backbone.strides[model.weak_level]
         for j, r, s in zip(*valid[i].nonzero(), strict=True):
             box = torch.tensor(boxes[i, j, r, s] * cell / stride, dtype=images.dtype)[None]
@@ -476,7 +475,7 @@ def with_gradients(model, forward, images):
 def test_the_network_equals_plain_loops(options, last_stride):
     if last_stride == 2 and "tied" not in options:
         pytest.skip("once is enough")
-    model, images = network(last_stride=last_stride, **options).double(), images_of(2).double()
+    model, images = network(last_stride=last_stride, **options).double(), images_of(2, 48, 80).double()
     warm(model, images)
     frozen_norm(model)
     plain, ours = (with_gradients(model, f, images) for f in (plain_forward, lambda m, x: m(x)[:2]))
@@ -531,7 +530,7 @@ def test_regions_that_are_not_there_change_nothing_in_train_mode():
     images, results = images_of(4), []
     for ke in (9, 13):
         model = network(ke=ke).train()
-        logits, local, z, _, valid = model(images)
+        logits, local, _, _, valid = model(images)
         assert not valid[:, :, 8].any() and valid[:, :, 0].any()
         local.square().sum().backward()
         results.append((logits.detach(), local.detach(), model.transform[0][0].conv1.weight.grad, model.fc.weight.grad))
@@ -689,3 +688,313 @@ def test_transform_layers_are_a_copy_of_every_backbones_last_stage(name):
             assert not {id(p) for p in layers.parameters()} & {id(p) for p in backbone.parameters()}
             pooled = layers.eval()(torch.empty(5, channels, 3, 3))
             assert pooled.shape == (5, backbone.channels[2], 2, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every row of the paper's tables is one command
+
+
+@pytest.fixture
+def energy_run(toy, tmp_path, monkeypatch):
+    """energy_run("--no-weak", out="a") trains in-process for seconds and returns (record, run folder). No picture."""
+    monkeypatch.setattr(energy_roi, "draw_regions", lambda run, path: path.touch())
+
+    def train(*flags, out="run"):
+        folder = tmp_path / out
+        args = energy_roi.parse(["--root", toy, *SMALL, "--out", str(folder), *flags])
+        return energy_roi.main(args), folder
+
+    return train
+
+
+GLOBAL, LOCAL = {"backbone", "fc", "ga"}, {"weak_conv", "weak_bn", "transform", "ca", "fc_local"}
+ALL = GLOBAL | LOCAL
+ROWS = {
+    "ours": ([], ALL),
+    "baseline": (["--baseline"], {"backbone", "fc"}),
+    "w/o CA": (["--no-cross-attention"], ALL - {"ca"}),
+    "w/o CA and GA": (["--no-cross-attention", "--no-global-attention"], ALL - {"ca", "ga"}),
+    "base": (["--no-local"], GLOBAL),
+    "ResNet-101 of Table 8": (["--no-global-attention", "--no-local"], {"backbone", "fc"}),
+    "L_g + L_l": (["--no-weak"], ALL),
+    "top 4": (["--ks", "4"], ALL),
+    "top 8": (["--ks", "8"], ALL),
+    "the paper's 24 boxes": (["--ks", "4", "--ke", "2", "--kr", "3"], ALL),
+    "area": (["--rank", "area", "--ke", "1"], ALL),
+    "tied": (["--tie-weak-head"], ALL - {"weak_conv"}),
+    **{
+        f"F{r}, F{w}": (["--roi-level", str(r), "--weak-level", str(w)], ALL)
+        for r, w in itertools.product((8, 16, 32), repeat=2)
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_table_row(row, energy_run, rows):
+    flags, parts = ROWS[row]
+    record, folder = energy_run("-b", "8", *flags)
+    state = common.load_checkpoint(folder / "last.pt")["model"]
+    assert {name.split(".")[0] for name in state} == parts
+    local = "fc_local" in parts
+    terms = {k for k in record if k.startswith("L_")}
+    assert terms == {"L_global"} | (
+        {"L_local", "L_weak"} - ({"L_weak"} if row == "L_g + L_l" else set()) if local else set()
+    )
+    assert record["loss"] == pytest.approx(sum(record[k] for k in terms), rel=1e-5)
+    assert (folder / "figures" / "regions.png").exists() == local == ("boxes_per_image" in record)
+    rows[row] = record, state
+    ours, weights = rows.setdefault("ours", rows[row])
+    if parts == ALL and row not in ("ours", "F16, F32"):  # same start of the backbone, one step
+        assert record["L_global"] == pytest.approx(ours["L_global"], rel=1e-4) or "--weak-level" in flags
+        different = [
+            n for n in weights if not (weights[n].shape == state[n].shape and torch.equal(weights[n], state[n]))
+        ]
+        assert different or row == "area"  # of one region each, area may choose the same
+    if row == "F16, F32":  # the default
+        assert all(torch.equal(weights[n], t) for n, t in state.items())
+    if row == "L_g + L_l":  # nothing trains the weak head
+        start = energy_roi.build(energy_roi.parse(["--image-size", "64"]), data.TOY_CLASSES)
+        assert not any(
+            p.requires_grad for p in energy_roi.build(energy_roi.parse(flags), data.TOY_CLASSES).weak_bn.parameters()
+        )
+        assert torch.equal(state["weak_bn.weight"], start.weak_bn.weight)
+        assert not torch.equal(weights["weak_bn.bias"], state["weak_bn.bias"])
+    levels = {8: 128, 16: 256, 32: 512}
+    if "--roi-level" in flags:
+        assert state["transform.layer4.0.conv1.weight"].shape[1] == levels[int(flags[1])]
+        assert state["weak_conv.weight"].shape[1] == levels[int(flags[3])]
+
+
+@pytest.mark.parametrize("change", [{"ks": 2}, {"ke": 1}, {"kr": 1}, {"rank": "area"}])
+def test_a_selection_switch_changes_the_output_of_the_same_weights(change):
+    first, second = network(ke=2), network(**{"ke": 2} | change)
+    images = images_of(4)
+    warm(first, images)
+    second.load_state_dict(first.state_dict())
+    with torch.no_grad():
+        if change == {
+            "rank": "area"
+        }:  # 2x3 cells have too few regions for the order to matter: look at all but the best
+            first.selection["ke"] = second.selection["ke"] = 1
+            images = images_of(16, 128, 128)
+            first.weak_bn.bias.fill_(-0.5), second.weak_bn.bias.fill_(-0.5)
+        a, b = first(images), second.eval()(images)
+    assert not torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("switch", ["ca", "ga", "local"])
+def test_a_switch_changes_the_output_of_the_same_weights(switch):
+    whole, less, images = network(), network(**{switch: False}), images_of(2)
+    warm(whole, images)
+    missing = less.load_state_dict({n: t for n, t in whole.state_dict().items() if "fc_local" not in n}, strict=False)
+    assert missing.unexpected_keys and all("fc_local" in n for n in missing.missing_keys)
+    with torch.no_grad():
+        assert not torch.allclose(whole(images), less.eval()(images), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--baseline --ks 3", "--ks has no effect"),
+        ("--baseline --no-local", "--no-local has no effect"),
+        ("--baseline --no-global-attention", "--no-global-attention has no effect"),
+        ("--no-local --rank area", "--rank has no effect"),
+        ("--no-local --tie-weak-head", "--tie-weak-head has no effect"),
+        ("--no-local --save-embeddings", "--save-embeddings has no effect"),
+        ("--no-local --no-cross-attention", "--no-cross-attention has no effect"),
+        ("--tie-weak-head --weak-level 16", "--weak-level 16 is another map"),
+        ("--ks 0", "expected 1 or more"),
+        ("--roi-level 4", "invalid choice"),
+    ],
+)
+def test_contradicting_flags_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        energy_roi.parse(flags.split())
+    assert message in capsys.readouterr().err
+
+
+def test_the_papers_recipe():
+    for name, rate in (("coco", 0.0125), ("voc2007", 0.05)):
+        args = energy_roi.parse(["--data", name])
+        assert (args.lr, args.pretrained_lr, args.weight_decay, args.epochs, args.batch_size) == (
+            rate,
+            0.1,
+            1e-4,
+            50,
+            16,
+        )
+        assert (args.image_size, args.view, args.weights, args.backbone) == (448, "multi-scale", "v1", "resnet101")
+        assert (args.ks, args.ke, args.kr, args.rank, args.roi_level, args.weak_level) == (4, 2, 3, "energy", 16, 32)
+        assert (args.difficult_train, args.difficult_test, args.coco_images) == ("positive", "ignore", "labelled")
+    assert energy_roi.parse(["--no-local"]).no_weak
+    toy = energy_roi.RECIPE["toy"]
+    assert toy["ks"] * toy["ke"] * toy["kr"] == 4 and energy_roi.parse([]).pretrained_lr == 1
+
+
+def rates(folder):
+    """Learning rates by parameter name of a finished run, and its epochs' logged rates."""
+    state = common.load_checkpoint(folder / "last.pt")
+    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return state["optimizer"]["param_groups"], [r["lr"] for r in logged if "epoch" in r]
+
+
+def test_pretrained_layers_and_their_copy_learn_at_a_tenth_and_rates_drop(energy_run, tmp_path):
+    torch.manual_seed(0)
+    torch.save(common.torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "w.pth")
+    flags = [
+        "--weights",
+        str(tmp_path / "w.pth"),
+        "--schedule",
+        "step",
+        "--epochs",
+        "5",
+        "--lr",
+        "0.01",
+        "--limit",
+        "4",
+    ]
+    _, folder = energy_run(*flags, "--eval-every", "5")
+    groups, logged = rates(folder)
+    assert logged == pytest.approx([1e-3, 1e-3, 1e-3, 1e-4, 1e-5])  # the first group's; 30 and 40 of 50 epochs
+    assert [g["initial_lr"] for g in groups] == pytest.approx([1e-3, 1e-2])
+    model = energy_roi.build(energy_roi.parse([]), data.TOY_CLASSES)
+    sizes = [sum(1 for _ in m.parameters()) for m in (model.backbone, model.transform, model)]
+    assert [len(g["params"]) for g in groups] == [sizes[0] + sizes[1], sizes[2] - sizes[0] - sizes[1]]
+    assert all((g["momentum"], g["weight_decay"]) == (0.9, 1e-4) for g in groups)
+
+
+def test_without_pretrained_weights_all_layers_learn_alike_and_resume_keeps_it(energy_run, monkeypatch):
+    _, folder = energy_run("--schedule", "step", "--epochs", "2")
+    groups, _ = rates(folder)
+    assert [g["initial_lr"] for g in groups] == [0.05, 0.05]
+    assert energy_roi.parse(["--resume", str(folder)]).pretrained_lr == 1
+    # from another run's weights it is fine-tuning
+    assert energy_roi.parse(["--init-from", str(folder)]).pretrained_lr == 0.1
+
+
+def test_the_gradient_is_clipped(energy_run, monkeypatch):
+    norms = []
+    real = nn.utils.clip_grad_norm_
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda p, n: norms.append(n) or real(p, n))
+    energy_run()
+    assert norms == [10.0, 10.0]
+
+
+def test_init_from_carries_class_rows_over(energy_run, tmp_path):
+    _, folder = energy_run(out="a")
+    (tmp_path / "classes.txt").write_text("blue star\nred ring\n")
+    still = ["--lr", "0", "--weight-decay", "0", "--classes", str(tmp_path / "classes.txt")]
+    _, other = energy_run("--init-from", str(folder), *still, out="b")
+    old, new = (common.load_checkpoint(f / "last.pt")["model"] for f in (folder, other))
+    rows = [data.TOY_CLASSES.index(c) for c in ("blue star", "red ring")]
+    for name in ("fc.weight", "fc_local.bias", "weak_conv.weight", "weak_bn.bias"):
+        assert torch.equal(new[name], old[name][rows]), name
+    assert torch.equal(new["ca.q.weight"], old["ca.q.weight"])
+
+
+def test_resume_equals_the_straight_run(energy_run, monkeypatch):
+    from test_common import same_run, stop_in_epoch
+
+    flags = ["--epochs", "2", "--limit", "8"]
+    _, straight = energy_run(*flags, out="straight")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in_epoch(patch, 1, KeyboardInterrupt)
+        energy_run(*flags, out="broken")
+    energy_roi.main(energy_roi.parse(["--resume", str(straight.parent / "broken")]))
+    same_run(straight, straight.parent / "broken")
+
+
+def test_embeddings_are_those_of_present_selected_classes(energy_run, toy):
+    _, folder = energy_run("--save-embeddings", "--ks", "4")
+    with np.load(folder / "embeddings.npz") as file:
+        saved = dict(file)
+    scores = metrics.load_scores(folder / "scores.npz")
+    assert saved["embeddings"].shape == (len(saved["class"]), 256) and len(saved["class"]) > 0
+    position = {name: i for i, name in enumerate(scores["images"])}
+    for c, name in zip(saved["class"], saved["image"], strict=True):
+        assert scores["labels"][position[name], c] == 1
+    assert len(set(zip(saved["class"], saved["image"], strict=True))) == len(saved["class"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes, and as a user runs it
+
+
+def gradients_of_a_rank(rank, world, rendezvous, out):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), INIT_METHOD=rendezvous)
+    common.start(energy_roi.parse(["--gpus", ",".join(["cpu"] * world)]))
+    result = {}
+    for name, options in (("all", {}), ("no weak", {"weak": False}), ("tied", {"tied": True, "ke": 1})):
+        model = frozen_norm(network(**options))
+        net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+        images, y = images_of(4, 64, 64), torch.rand(4, 7, generator=torch.Generator().manual_seed(1)) > 0.7
+        part = slice(rank * 4 // world, (rank + 1) * 4 // world)
+        logits, local, z, _, _ = net(images[part])
+        loss = sum(nnf.binary_cross_entropy_with_logits(x, y[part].float()) for x in (logits, local))
+        if "weak" not in options:
+            loss = loss + energy_roi.weak_loss(z, y[part])
+        loss.backward()
+        result |= {f"{name} {n}": p.grad for n, p in model.named_parameters() if p.requires_grad}
+    if rank == 0:
+        torch.save(result, out)
+    if world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    for world in (1, 2):
+        arguments = (world, f"file://{tmp_path}/{world}", str(tmp_path / f"{world}.pt"))
+        torch.multiprocessing.spawn(gradients_of_a_rank, arguments, world)
+    one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
+    for name in one:
+        assert torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-5), name
+
+
+def test_the_script_runs_on_two_processes_and_leaves_what_it_promises(toy, tmp_path):
+    out = tmp_path / "run"
+    flags = "--image-size 64 --limit 16 -b 8 --epochs 1 -j 0 --amp bf16 --gpus cpu,cpu".split()
+    command = [sys.executable, "energy_roi.py", "--root", toy, "--out", str(out), *flags]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("mAP points") == 1 and "protocol: toy" in result.stdout
+    files = {p.name for p in out.iterdir()}
+    assert {"config.json", "log.jsonl", "scores.npz", "per_class.csv", "last.pt", "best.pt", "figures"} == files
+    for name in ("regions", "curves"):
+        with Image.open(out / "figures" / f"{name}.png") as picture:
+            assert picture.width == 1000
+    header, epoch = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    assert header["processes"] == 2 and {"L_weak", "maps_with_region", "boxes_per_image", "silent_present"} <= set(
+        epoch
+    )
+    assert 1 <= epoch["boxes_per_image"] <= 4 and 0 <= epoch["maps_with_region"] <= 1
+
+
+def test_the_picture_shows_solid_and_dashed_boxes(toy, tmp_path, monkeypatch):
+    drawn = []
+    real = energy_roi.draw_box
+    monkeypatch.setattr(
+        energy_roi,
+        "draw_box",
+        lambda d, box, colour, dashed: drawn.append((colour, dashed)) or real(d, box, colour, dashed),
+    )
+    flags = ["--root", toy, *SMALL, "--out", str(tmp_path / "run"), "--ks", "4", "--ke", "2", "--kr", "3"]
+    energy_roi.main(energy_roi.parse(flags))
+    assert {colour for colour, _ in drawn} == set(energy_roi.SCALES) and {d for _, d in drawn} == {False, True}
+    picture = np.asarray(Image.open(tmp_path / "run" / "figures" / "regions.png"))
+    assert all((picture == colour).all(2).sum() > 100 for colour in energy_roi.SCALES)
+
+
+@pytest.mark.parametrize("flags", [[], ["--baseline"]])
+def test_real_voc_images_with_real_weights(animals, tmp_path, flags):
+    weights = f"{animals}/../weights/mobilenet_v2_imagenet.pth"
+    args = ["--data", "voc2012", "--root", animals, "--backbone", "mobilenet_v2", "--weights", weights]
+    args += ["--image-size", "96", "--limit", "8", "-b", "4", "--epochs", "1", "-j", "0", "--gpus", "cpu"]
+    record = energy_roi.main(energy_roi.parse([*args, "--amp", "off", "--out", str(tmp_path / "run"), *flags]))
+    assert np.isfinite(record["loss"]) and record["images"] == 8
