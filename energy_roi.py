@@ -456,6 +456,7 @@ def draw_regions(run, path, count=8, tile=242):
                 for scale in range(valid.shape[2]):
                     if valid[column, region, scale]:
                         box = [min(v, tile - 2) for v in boxes[column, region, scale].tolist()]
+                        box = [v + 3 * scale * sign for v, sign in zip(box, (1, 1, -1, -1), strict=True)]  # all visible
                         draw_box(ImageDraw.Draw(shown), box, SCALES[scale % 3], dashed=region > 0)
             picture.paste(shown, (left, top))
             silent = "" if heat.any() else ", no region"

@@ -2,7 +2,9 @@
 map at a time (its docstring's), on maps of 14x14 and 18x18; then its share of a training step. CPU, and GPU if there is
 one. Seconds are medians; on a GPU the plain code includes its copy to the CPU.
 
-python tests/bench_energy_roi.py                                          a step at the paper's size on a GPU, 96 px on a CPU
+python tests/bench_energy_roi.py
+
+The step is ResNet-101 at 448 px and batch 16 in bf16 on a GPU, ResNet-18 at 96 px on a CPU.
 """
 
 import statistics
@@ -14,10 +16,11 @@ import numpy as np
 import torch
 from torch.nn import functional as nnf
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from test_energy_roi import plain_selection
+
 import common
 import energy_roi
-from test_energy_roi import plain_selection
 
 
 def median_seconds(run, device, repeats):
