@@ -614,17 +614,21 @@ def test_any_number_of_classes_and_no_positive_label_train(classes, positives):
     assert all(v.isfinite() for v in energy_roi.regions_seen(z, top, valid, y).values())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", [{}, {"ca": False, "ga": False}, {"roi_level": 8}])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.bfloat16, {}), (torch.bfloat16, {"ca": False, "ga": False}), (torch.bfloat16, {"roi_level": 8})]
+    + [(torch.float16, {})],
+)
 def test_half_precision_is_finite_and_scores_are_float32(dtype, options):
-    model, images = network(**options).train(), images_of(2, 64, 64)
+    model, images = network(**options).train(), images_of(2, 48, 48)
     with torch.autocast("cpu", dtype):
         logits, local, z, _, valid = model(images)
     for x in (logits, local, z):
         assert x.dtype == torch.float32 and x.isfinite().all() and not torch.equal(x, x.to(dtype).float())
-    (logits.mean() + local.mean() + energy_roi.weak_loss(z, torch.zeros(2, 7) > 0)).backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
     assert torch.allclose(logits, model(images)[0], atol=0.3) and valid.any()
+    if dtype is torch.bfloat16:  # a CPU is very slow at float16's
+        (logits.mean() + local.mean() + energy_roi.weak_loss(z, torch.zeros(2, 7) > 0)).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.gpu
@@ -770,17 +774,13 @@ def test_table_row(row, energy_run, rows):
 
 @pytest.mark.parametrize("change", [{"ks": 2}, {"ke": 1}, {"kr": 1}, {"rank": "area"}])
 def test_a_selection_switch_changes_the_output_of_the_same_weights(change):
-    first, second = network(ke=2), network(**{"ke": 2} | change)
-    images = images_of(4)
-    warm(first, images)
+    ke = 1 if "rank" in change else 2  # another order matters only where a region is left out
+    first, second = network(ke=ke), network(**{"ke": ke} | change)
+    images = images_of(6, 128, 128)  # 8x8 cells, so that a map can have several regions
+    warm(first, images_of(4))
+    first.weak_bn.bias.data.fill_(-0.5)
     second.load_state_dict(first.state_dict())
     with torch.no_grad():
-        if change == {
-            "rank": "area"
-        }:  # 2x3 cells have too few regions for the order to matter: look at all but the best
-            first.selection["ke"] = second.selection["ke"] = 1
-            images = images_of(16, 128, 128)
-            first.weak_bn.bias.fill_(-0.5), second.weak_bn.bias.fill_(-0.5)
         a, b = first(images), second.eval()(images)
     assert not torch.allclose(a, b, atol=1e-6)
 
