@@ -51,7 +51,7 @@ unstated: momentum, decay (of BatchNorm too), pretrained layers at 0.1 of the ra
     without pretrained weights), clipping, crop positions, flip: ADD-GCN's, on which the recipe is built. VOC's
     difficult objects are positives in training and ignored in the test.
 Training crops are cut in whole source pixels and resized once, where the paper resizes twice: interpolation detail.
-The toy recipe (toy data, ResNet-18 from scratch, one-cycle learning rate, 4 boxes) is ours.
+The toy recipe (toy data, ResNet-18 from scratch, Adam, one-cycle learning rate, 4 boxes) is ours.
 """
 
 import copy
@@ -76,6 +76,7 @@ PAPER = {
     "epochs": 50,
     "lr": 0.05,  # VOC2007
     "pretrained_lr": 0.1,  # unstated: of lr, for layers that are pretrained
+    "optimizer": "sgd",  # unstated
     "weight_decay": 1e-4,  # unstated
     "schedule": "step",  # x 0.1 at DROPS
     "view": "multi-scale",  # S + 64, crop scales {1, 0.875, 0.75, 0.66, 0.5}, resize to S
@@ -92,8 +93,8 @@ RECIPE = {
     "coco": PAPER | {"lr": 0.0125},
     # ResNet-18 from scratch with 6x6 cells and 2 * 1 * 2 boxes
     "toy": PAPER
-    | {"backbone": "resnet18", "weights": "none", "image_size": 96, "batch_size": 32, "epochs": 2, "lr": 0.05}
-    | {"schedule": "one-cycle", "view": "resize", "last_stride": 1, "ks": 2, "ke": 1, "kr": 2},
+    | {"backbone": "resnet18", "weights": "none", "image_size": 96, "batch_size": 32, "epochs": 2, "lr": 1e-3}
+    | {"optimizer": "adam", "schedule": "one-cycle", "view": "resize", "last_stride": 1, "ks": 2, "ke": 1, "kr": 2},
 }
 DROPS = (30 / 50, 40 / 50)  # parts of the run after which the rate drops
 MOMENTUM, CLIP = 0.9, 10.0  # unstated
@@ -420,12 +421,14 @@ def draw_box(draw, box, colour, dashed):
 
 
 @torch.no_grad()
-def draw_regions(run, path, count=8, tile=242):
-    """Some test images, each with the ReLU'd maps of the classes that the global branch ranks first, their boxes, and
-    how sure each branch and their mean are of the class; 1,000 pixels wide."""
+def draw_regions(run, path, count=8):
+    """Some test images, each with the ReLU'd maps of the (up to four) classes that the global branch ranks first, their
+    boxes, and how sure each branch and their mean are of the class; 1,000 pixels wide."""
     model, table = run.reported.eval(), run.test_loader.images.table
     chosen = np.random.default_rng(run.args.seed).permutation(len(table))[:count]
-    picture, height = Image.new("RGB", (4 * (tile + 8), 48 + len(chosen) * (tile + 116)), "white"), tile + 116
+    maps = min(4, run.args.ks, len(table.classes))
+    tile = 1000 // (maps + 1) - 8
+    picture, height = Image.new("RGB", (1000, 48 + len(chosen) * (tile + 116)), "white"), tile + 116
     common.write_text(
         picture, (6, 2), "map after ReLU: blue 0, red its maximum. Boxes: red, orange, yellow from large to"
     )
@@ -445,11 +448,11 @@ def draw_regions(run, path, count=8, tile=242):
         }
         common.write_text(picture, (left + 2, top + tile + 2), str(table.names[index]), 13)
         for line, (what, found) in enumerate(names.items()):
-            for part, text in enumerate(textwrap.wrap(f"{what}: {', '.join(found) or 'nothing'}", 34)[:2]):
+            for part, text in enumerate(textwrap.wrap(f"{what}: {', '.join(found) or 'nothing'}", tile // 7)[:2]):
                 y = top + tile + 20 + 44 * line + 18 * part
                 common.write_text(picture, (left + 2, y), text, 14, "black" if line else (30, 60, 200))
         boxes, valid = seen["boxes"].view(*seen["valid"].shape, 4) * tile / run.args.image_size, seen["valid"]
-        for column, c in enumerate(seen["top"].tolist()[:3]):
+        for column, c in enumerate(seen["top"].tolist()[:maps]):
             left, heat = (column + 1) * (tile + 8) + 4, seen["z"][c].relu().float()
             shown = common.heat_overlay(photo, heat / heat.max().clamp(min=1e-6))
             for region in reversed(range(valid.shape[1])):
@@ -465,9 +468,11 @@ def draw_regions(run, path, count=8, tile=242):
             )
             for line, (name, colour, q) in enumerate(zip(("global", "local", "mean"), BARS, p, strict=True)):
                 y = top + tile + 24 + 24 * line
-                ImageDraw.Draw(picture).rectangle((left + 60, y, left + 60 + 120 * float(q[c]), y + 14), colour)
+                ImageDraw.Draw(picture).rectangle(
+                    (left + 60, y, left + 60 + (tile - 120) * float(q[c]), y + 14), colour
+                )
                 common.write_text(picture, (left + 2, y - 2), name, 14)
-                common.write_text(picture, (left + 190, y - 2), f"{q[c]:.3f}", 14)
+                common.write_text(picture, (left + tile - 50, y - 2), f"{q[c]:.3f}", 14)
     picture.save(path)
 
 
@@ -569,11 +574,11 @@ def main(args):
             if p.requires_grad:
                 groups[name.startswith(("backbone.", "transform."))].append(p)
         rates = [args.lr * args.pretrained_lr, args.lr]
-        optimizer = torch.optim.SGD(
-            [{"params": groups[old], "lr": rate} for old, rate in zip((True, False), rates, strict=True)],
-            momentum=MOMENTUM,
-            weight_decay=args.weight_decay,
-        )
+        groups = [{"params": groups[old], "lr": rate} for old, rate in zip((True, False), rates, strict=True)]
+        if args.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, momentum=MOMENTUM, weight_decay=args.weight_decay)
+        else:
+            optimizer = torch.optim.Adam(groups, weight_decay=args.weight_decay, fused=True)
         if args.schedule == "step":
             drops = [round(part * run.total_steps) for part in DROPS]  # after 30 and 40 of 50 epochs
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1 ** sum(step >= d for d in drops))

@@ -841,7 +841,8 @@ def rates(folder):
     return state["optimizer"]["param_groups"], [r["lr"] for r in logged if "epoch" in r]
 
 
-def test_pretrained_layers_and_their_copy_learn_at_a_tenth_and_rates_drop(energy_run, tmp_path):
+def test_pretrained_layers_and_their_copy_learn_at_a_tenth_and_rates_drop(energy_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(energy_roi.RECIPE, "toy", energy_roi.RECIPE["toy"] | {"optimizer": "sgd"})
     torch.manual_seed(0)
     torch.save(common.torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "w.pth")
     flags = [
@@ -869,7 +870,7 @@ def test_pretrained_layers_and_their_copy_learn_at_a_tenth_and_rates_drop(energy
 def test_without_pretrained_weights_all_layers_learn_alike_and_resume_keeps_it(energy_run, monkeypatch):
     _, folder = energy_run("--schedule", "step", "--epochs", "2")
     groups, _ = rates(folder)
-    assert [g["initial_lr"] for g in groups] == [0.05, 0.05]
+    assert [g["initial_lr"] for g in groups] == [1e-3, 1e-3]
     assert energy_roi.parse(["--resume", str(folder)]).pretrained_lr == 1
     # from another run's weights it is fine-tuning
     assert energy_roi.parse(["--init-from", str(folder)]).pretrained_lr == 0.1
