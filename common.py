@@ -19,9 +19,12 @@ precision, checkpoints, the run folder, pictures. The training loop itself stand
 import argparse
 import contextlib
 import copy
+import csv
 import datetime
 import fcntl
 import functools
+import importlib.util
+import io
 import json
 import logging
 import math
@@ -34,9 +37,11 @@ import sys
 import tempfile
 import textwrap
 import time
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -104,8 +109,10 @@ def arguments(description):
     add("--out", metavar="DIR", help="run folder (default: runs/<method>/<data>/<time>)")
     add("--resume", nargs="?", const="auto", metavar="RUN", help="continue a run (folder or last.pt; auto: newest)")
     add("--init-from", metavar="RUN", help="start from another run's weights; class rows are matched by name")
-    add("--evaluate", action="store_true", help="test --checkpoint and stop")
-    add("--checkpoint", metavar="FILE", help="for --evaluate: last.pt or best.pt, or the run folder")
+    add("--checkpoint", metavar="FILE", help="for the three below: last.pt or best.pt, or the run folder")
+    add("--evaluate", action="store_true", help="test it and stop")
+    add("--predict", nargs="+", metavar="IMG", help="label images, or those in folders: predictions.csv and pictures")
+    add("--export", metavar="FILE", help="write its network to FILE.pt2 (torch.export) or FILE.onnx")
     return parser
 
 
@@ -164,11 +171,17 @@ def parse(parser, argv, recipe, method):
         args.out = args.out or str(origin.parent)
         if Path(args.out).resolve() != origin.parent.resolve():
             parser.error(f"--resume goes on in {origin.parent}; --init-from starts another run from its weights")
-    args.out = args.out or str(Path("runs", method, Path(args.data).stem, time.strftime("%Y%m%d-%H%M%S")))
-    if args.evaluate != bool(args.checkpoint):
-        parser.error("--evaluate and --checkpoint FILE belong together")
-    if len({"resume", "init_from", "evaluate"} & given.keys()) > 1 and (args.resume or args.evaluate):
-        parser.error("--resume, --init-from and --evaluate exclude each other: each says where the weights come from")
+    kind = "predict" if args.predict else Path(args.data).stem
+    args.out = args.out or str(Path("runs", method, kind, time.strftime("%Y%m%d-%H%M%S")))
+    uses = [f"--{name}" for name in ("evaluate", "predict", "export") if getattr(args, name)]
+    if len(uses) > 1:
+        parser.error(f"{uses[0]} goes without {uses[1]}")
+    if bool(uses) != bool(args.checkpoint):
+        parser.error(f"{(uses or ['--evaluate, --predict or --export'])[0]} and --checkpoint FILE belong together")
+    if len({"resume", "init_from", "checkpoint"} & given.keys()) > 1 and (args.resume or args.checkpoint):
+        parser.error("--resume, --init-from and --checkpoint exclude each other: each says where the weights come from")
+    if args.export and Path(args.export).suffix not in (".pt2", ".onnx"):
+        parser.error(f"--export {args.export}: expected a name that ends in .pt2 or .onnx")
     for flag, good in (
         ("ema_decay", 0 <= args.ema_decay < 1),
         ("threshold", 0 < args.threshold < 1),
@@ -184,7 +197,7 @@ def parse(parser, argv, recipe, method):
 
 
 # What belongs to a call, not to the model; and what may differ when a run is resumed.
-PER_CALL = ("resume", "evaluate", "checkpoint", "out", "gpus", "command", "given", "init_from")
+PER_CALL = ("resume", "evaluate", "predict", "export", "checkpoint", "out", "gpus", "command", "given", "init_from")
 MAY_CHANGE = (*PER_CALL, "root", "workers", "batch_size", "accumulate", "amp", "eval_every", "threshold", "sync_bn")
 
 
@@ -852,6 +865,17 @@ class Run:
         """The model whose numbers count: the moving average where there is one."""
         return self.ema.module if self.ema else self.model
 
+    def show(self, count=8, images=None):
+        """Show with some test images, chosen by the seed; or with some of other `images` (data.Images)."""
+        images = images or self.test_loader.images
+        chosen = np.random.default_rng(self.args.seed).permutation(len(images.table))[:count]
+        samples = []
+        for index in chosen:
+            image, labels, _, boxes, inside = images[0, index]
+            boxes = None if boxes is None else torch.from_numpy(boxes)
+            samples.append(Sample(str(images.table.names[index]), image, inside, image, torch.as_tensor(labels), boxes))
+        return Show(self.args, self.classes, self.reported.eval(), self.env.device, self.dtype, samples)
+
     def test(self, model=None):
         """Metrics in percent of `model` on the test split; the reported model's scores are written to the folder."""
         table = self.test_loader.images.table
@@ -910,6 +934,156 @@ def peak_memory(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A trained network in use: --predict and --export. The checkpoint alone suffices
+
+
+def apply(args, env, build, draw, part=None):
+    """Do what --predict or --export asks of --checkpoint.
+
+    build(args, classes): the method's network; draw(show, path): its picture; part(model): what of it can be exported,
+    if not all of it is: (module, a line that says so).
+    """
+    if env.world > 1:
+        raise UserError("--predict and --export run in one process; give one device in --gpus")
+    state = load_checkpoint(args.checkpoint)
+    refuse_other(args.checkpoint, "normalisation", state["normalisation"], {"mean": [*data.MEAN], "std": [*data.STD]})
+    model = build(args, state["classes"])
+    try:
+        model.load_state_dict(weights_of(state))
+    except RuntimeError as error:
+        raise UserError(f"{args.checkpoint} does not fit these flags: {' '.join(str(error).split())[:300]}") from None
+    model.eval().requires_grad_(False)
+    if args.export:
+        return export(args, model, state["classes"], part)
+    model.to(env.device, memory_format=torch.channels_last)
+    return predict(Show(args, state["classes"], model, env.device, DTYPES.get(args.amp, torch.float32), []), draw)
+
+
+PHOTOS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def photos_in(names):
+    """Paths of images; a folder stands for the images that lie in it, by name."""
+    for path in map(Path, names):
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in PHOTOS) if path.is_dir() else [path]
+        if not found:
+            print(f"{path}: no image in it ({' '.join(PHOTOS)})", file=sys.stderr)
+        yield from found
+
+
+def predict(show, draw):
+    """Label images: a line on the terminal each, a picture in pictures/, all probabilities in predictions.csv. Images
+    that cannot be read are named and skipped; UserError where none can. Returns name -> probabilities (C,)."""
+    args, out, rows, used = show.args, Path(show.args.out), {}, set()
+    table = out / "predictions.csv"
+    if table.exists():
+        raise UserError(f"--out {out} holds predictions already; choose another folder")
+    try:
+        (out / "pictures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made ({error.strerror}); choose another") from None
+    view = data.VIEWS[args.view if isinstance(args.view, str) else args.view[0]][1]
+    print(f"{args.checkpoint}: {args.method}, {args.backbone}, {args.image_size} px, {len(show.classes)} classes")
+    for path in photos_in(args.predict):
+        try:
+            source = data.read_photo(path)
+        except UserError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
+        box = view(source.shape[2], source.shape[1], args.image_size)
+        image, inside = data.apply_view(source, box, args.image_size, args.interpolation)
+        sample = Sample(path.name[-34:], image, inside, data.apply_view(source, box, max(448, args.image_size))[0])
+        show.samples = [sample]
+        with torch.no_grad(), show.autocast():
+            p = show.model(show.batch(sample))[0].float().sigmoid().cpu()
+        best = [f"{show.classes[c]} {p[c]:.2f}" for c in p.argsort(descending=True).tolist()]
+        found = int((p >= args.threshold).sum())
+        print(f"{path}: {', '.join(best[:found]) or f'nothing from {args.threshold} on; highest: {best[0]}'}")
+        name = path.stem
+        while name in used:
+            name += "_"
+        used.add(name)
+        draw(show, out / "pictures" / f"{name}.jpg")
+        rows[str(path)] = p
+    if not rows:
+        raise UserError(f"--predict {' '.join(args.predict)}: no image could be read")
+    with write_atomically(table, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("image", "labels", *show.classes))
+        for name, p in rows.items():
+            found = [c for c, v in zip(show.classes, p, strict=True) if v >= args.threshold]
+            writer.writerow((name, "|".join(found), *(f"{v:.6f}" for v in p)))
+    print(f"in {out}: predictions.csv, pictures/ ({len(rows)})")
+    return rows
+
+
+EXPORTS = {".pt2": (), ".onnx": ("onnx", "onnxscript")}  # the packages they need beside torch
+
+
+def export(args, model, classes, part=None):
+    """Write the network, float32, for any batch size, to FILE.pt2 or FILE.onnx, and what its user must know to
+    FILE.json. Returns the largest difference between its logits and the network's on batches of 1 and 7; None where
+    nothing is installed that runs the file."""
+    path, size = Path(args.export), args.image_size
+    missing = [name for name in EXPORTS[path.suffix] if not importlib.util.find_spec(name)]
+    if missing:
+        names = " and ".join(missing)
+        raise UserError(f"--export {path}: needs {names}: pip install onnx onnxscript (onnxruntime to check it)")
+    model, note = part(model) if part else (model, "")
+    images = torch.randn(7, 3, size, size, generator=torch.Generator().manual_seed(0))
+    batch, content = {"images": {0: torch.export.Dim("batch")}}, io.BytesIO()
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, (), {"images": images[:2]}, dynamic_shapes=batch)
+        if path.suffix == ".pt2":
+            torch.export.save(program, content)
+        else:
+            names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": batch}
+            program = torch.onnx.export(program, kwargs={"images": images[:2]}, dynamo=True, **names)
+            content.write(program.model_proto.SerializeToString())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--export {path}: its folder cannot be made ({error.strerror}); choose another") from None
+    with write_atomically(path) as file:
+        file.write(content.getbuffer())
+    difference = None
+    if run := exported(path):
+        with torch.no_grad():
+            difference = max(float((run(x) - model(x)).abs().max()) for x in (images[:1], images))
+    view = "the whole image, resized to the square with antialiasing"
+    if args.view == "canvas":
+        view = "the image in the top left corner, shrunk only where it is longer than the square; padding 0 as input"
+    about = {"method": args.method, "checkpoint": args.checkpoint, "note": note, "classes": list(classes)}
+    about |= {"input": f"images (batch, 3, {size}, {size}) float32: RGB in [0, 1], minus mean, over std"}
+    about |= {"view": view, "interpolation": args.interpolation, "mean": data.MEAN, "std": data.STD}
+    about |= {"output": "logits (batch, classes) float32; probability = 1 / (1 + exp(-logit))"}
+    with write_atomically(path.with_suffix(".json"), "w") as file:
+        json.dump(about | {"largest_difference": difference}, file, indent=1)
+    size = content.getbuffer().nbytes / 2**20
+    print(f"{path}: {args.method}, {len(classes)} classes, {size:.0f} MiB" + f"; {note}" * bool(note))
+    checked = "not checked: pip install onnxruntime"
+    if difference is not None:
+        checked = f"its logits differ from the network's by {difference:.1g} at most, on batches of 1 and 7"
+    print(f"{checked}; classes and normalisation: {path.with_suffix('.json')}")
+    return difference
+
+
+def exported(path):
+    """A function images -> logits that runs an exported file; None for .onnx without onnxruntime."""
+    if path.suffix == ".pt2":
+        program = torch.export.load(path).module()
+        return lambda images: program(images=images)
+    if not importlib.util.find_spec("onnxruntime"):
+        return None
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
 HEAT = torch.tensor([[48, 18, 59], [33, 144, 200], [60, 200, 130], [240, 220, 60], [220, 50, 20]], dtype=torch.float)
@@ -928,23 +1102,66 @@ def write_text(picture, xy, text, size=15, colour="black"):
     ImageDraw.Draw(picture).text(xy, text, fill=colour, font=ImageFont.load_default(size))
 
 
-def draw_maps(run, path, look, legend, count=8, tile=242):
-    """`count` test images chosen by the seed, each with the map of its three most confident classes, scaled to the
-    range that is written below, and what is predicted and true; 1,000 pixels wide.
+class Sample(NamedTuple):
+    """An image to draw: its name, what the network sees (3, S, S) uint8, the rectangle of it that is no padding, the
+    same picture to look at (3, n, n) uint8, and its ternary labels (C,) or boxes (n, 5), None where unknown."""
+
+    name: str
+    image: torch.Tensor
+    inside: tuple | None
+    photo: torch.Tensor
+    labels: torch.Tensor | None = None
+    boxes: torch.Tensor | None = None
+
+    def tile(self, side):
+        """The picture as a PIL image."""
+        return Image.fromarray(self.photo.permute(1, 2, 0).numpy()).resize((side, side), Image.BICUBIC)
+
+
+@dataclass
+class Show:
+    """What the scripts' pictures are drawn from: a network in eval mode and some images."""
+
+    args: argparse.Namespace
+    classes: list
+    model: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    samples: list
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def batch(self, sample):
+        """The sample as the network's input (1, 3, S, S)."""
+        inside = sample.inside and torch.tensor([sample.inside])
+        return data.normalise(sample.image[None].to(self.device), inside)
+
+    def captions(self, sample, p):
+        """What is predicted of probabilities (C,), and what is true where that is known: (text, colour) each."""
+        found = [n for n, v in zip(self.classes, p, strict=True) if v >= self.args.threshold]
+        lines = [(f"predicted: {', '.join(found) or 'nothing'}", (30, 60, 200))]
+        if sample.labels is not None:
+            names = zip(self.classes, sample.labels, strict=True)
+            true = [n + " (difficult)" * int(y < 0) for n, y in names if y]
+            lines.append((f"true: {', '.join(true) or 'nothing'}", "black"))
+        return lines
+
+
+def draw_maps(show, path, look, legend, tile=242):
+    """The samples, each with the map of its three most confident classes, scaled to the range that is written below,
+    and what is predicted and true; 1,000 pixels wide.
 
     look(images): probabilities (B, C), maps (B, C, H, W) and maybe rectangles, bool (B, C, H, W), drawn in white.
     """
-    table = run.test_loader.images.table
-    chosen = np.random.default_rng(run.args.seed).permutation(len(table))[:count]
-    picture = Image.new("RGB", (4 * (tile + 8), 26 + len(chosen) * (tile + 70)), "white")
+    picture = Image.new("RGB", (4 * (tile + 8), 26 + len(show.samples) * (tile + 70)), "white")
     write_text(picture, (6, 2), legend)
-    for row, index in enumerate(chosen):
-        image, labels, *_ = run.test_loader.images[0, index]
-        with run.autocast():
-            seen = look(data.normalise(image[None].to(run.env.device)))
+    for row, sample in enumerate(show.samples):
+        with show.autocast():
+            seen = look(show.batch(sample))
         p, maps, *boxes = (x[0].float().cpu() for x in seen if x is not None)
-        photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((tile, tile), Image.BICUBIC)
-        tiles = [(photo, str(table.names[index]))]
+        photo = sample.tile(tile)
+        tiles = [(photo, sample.name)]
         for c in p.argsort(descending=True)[:3].tolist():
             low, high = maps[c].min(), maps[c].max()
             shown = heat_overlay(photo, (maps[c] - low) / (high - low).clamp(min=1e-6))
@@ -954,18 +1171,27 @@ def draw_maps(run, path, look, legend, count=8, tile=242):
                 ys, xs = (inside.any(axis).nonzero().flatten() for axis in (1, 0))
                 box = (xs[0] * cell[1], ys[0] * cell[0], (xs[-1] + 1) * cell[1] - 1, (ys[-1] + 1) * cell[0] - 1)
                 ImageDraw.Draw(shown).rectangle([float(v) for v in box], outline="white", width=3)
-            tiles.append((shown, f"{table.classes[c]} {p[c]:.2f}, map {low:.2g} to {high:.2g}"))
-        names = {
-            "predicted": [n for n, v in zip(table.classes, p, strict=True) if v >= run.args.threshold],
-            "true": [n + " (difficult)" * int(y < 0) for n, y in zip(table.classes, labels, strict=True) if y],
-        }
+            tiles.append((shown, f"{show.classes[c]} {p[c]:.2f}, map {low:.2g} to {high:.2g}"))
         top = 26 + row * (tile + 70)
         for column, (shown, text) in enumerate(tiles):
             picture.paste(shown, (column * (tile + 8) + 4, top))
             write_text(picture, (column * (tile + 8) + 6, top + tile + 2), text, 13)
-        for line, (what, found) in enumerate(names.items()):
-            text = f"{what}: {', '.join(found) or 'nothing'}"
-            write_text(picture, (6, top + tile + 22 + 20 * line), text, 14, "black" if line else (30, 60, 200))
+        for line, (text, colour) in enumerate(show.captions(sample, p)):
+            write_text(picture, (6, top + tile + 22 + 20 * line), text, 14, colour)
+    picture.save(path)
+
+
+def draw_labels(show, path, tile=448):
+    """For a network without a view of its own: the samples with what is predicted and true."""
+    picture = Image.new("RGB", (1000, len(show.samples) * (tile + 70)), "white")
+    for row, sample in enumerate(show.samples):
+        with show.autocast(), torch.no_grad():
+            p = show.model(show.batch(sample))[0].float().sigmoid().cpu()
+        top = row * (tile + 70)
+        picture.paste(sample.tile(tile), (4, top + 4))
+        write_text(picture, (6, top + tile + 6), sample.name, 13)
+        for line, (text, colour) in enumerate(show.captions(sample, p)):
+            write_text(picture, (6, top + tile + 24 + 20 * line), text, 14, colour)
     picture.save(path)
 
 

@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.datasets.voc import DATASET_YEAR_DICT
@@ -882,6 +882,24 @@ def read_image(path):
         return torch.from_numpy(pixels).permute(2, 0, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be decoded ({error}); replace the file or take it out of the list") from None
+
+
+def read_photo(path):
+    """Decode an image of a user's to uint8 (3, H, W): any mode (transparent parts become white, 16-bit grey keeps its
+    upper 8), EXIF rotation honoured, the first frame where there are several."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode[0] in "IF":
+                grey = np.asarray(image, np.float64)
+                scale = 256 if image.mode[0] == "I" and grey.max() > 255 else 1
+                image = Image.fromarray((grey / scale).clip(0, 255).astype(np.uint8))
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -387,6 +387,24 @@ class EnergyROI(nn.Module):
         return mean_prediction(seen["logits"], seen["local"]) if self.local else seen["logits"]
 
 
+class GlobalBranch(nn.Module):
+    """images (B, 3, S, S) -> the global branch's logits (B, C), for --export."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model.look_globally(self.model.backbone(images)[2])[0]
+
+
+def global_branch(model):
+    """What --export writes, and a line that says so: regions are of no fixed number."""
+    if not model.local:
+        return model, ""
+    return GlobalBranch(model), "the global branch only, without the regions' predictions"
+
+
 class GAP(nn.Module):
     """Baseline: global average pooling, linear; forward as in EnergyROI."""
 
@@ -421,37 +439,31 @@ def draw_box(draw, box, colour, dashed):
 
 
 @torch.no_grad()
-def draw_regions(run, path, count=8):
-    """Some test images, each with the ReLU'd maps of the (up to four) classes that the global branch ranks first, their
-    boxes, and how sure each branch and their mean are of the class; 1,000 pixels wide."""
-    model, table = run.reported.eval(), run.test_loader.images.table
-    chosen = np.random.default_rng(run.args.seed).permutation(len(table))[:count]
-    maps = min(4, run.args.ks, len(table.classes))
+def draw_regions(show, path):
+    """Images, each with the ReLU'd maps of the (up to four) classes that the global branch ranks first, their boxes,
+    and how sure each branch and their mean are of the class; 1,000 pixels wide."""
+    args, model = show.args, show.model
+    if not model.local:
+        return common.draw_labels(show, path)
+    maps = min(4, args.ks, len(show.classes))
     tile = 1000 // (maps + 1) - 8
-    picture, height = Image.new("RGB", (1000, 48 + len(chosen) * (tile + 116)), "white"), tile + 116
+    picture, height = Image.new("RGB", (1000, 48 + len(show.samples) * (tile + 116)), "white"), tile + 116
     common.write_text(
         picture, (6, 2), "map after ReLU: blue 0, red its maximum. Boxes: red, orange, yellow from large to"
     )
     common.write_text(picture, (6, 22), "small; solid: the region with the highest energy, dashed: the others")
-    for row, index in enumerate(chosen):
-        image, labels, *_ = run.test_loader.images[0, index]
-        with run.autocast():
-            seen = {k: v[0].cpu() for k, v in model.analyse(data.normalise(image[None].to(run.env.device))).items()}
+    for row, sample in enumerate(show.samples):
+        with show.autocast():
+            seen = {k: v[0].cpu() for k, v in model.analyse(show.batch(sample)).items()}
         p = [seen[k].sigmoid() for k in ("logits", "local")]
         p.append(sum(p) / 2)  # (C,) each
-        left, top = 4, 48 + row * height
-        photo = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((tile, tile), Image.BICUBIC)
+        left, top, photo = 4, 48 + row * height, sample.tile(tile)
         picture.paste(photo, (left, top))
-        names = {
-            "predicted": [n for n, v in zip(table.classes, p[2], strict=True) if v >= run.args.threshold],
-            "true": [n + " (difficult)" * int(y < 0) for n, y in zip(table.classes, labels, strict=True) if y],
-        }
-        common.write_text(picture, (left + 2, top + tile + 2), str(table.names[index]), 13)
-        for line, (what, found) in enumerate(names.items()):
-            for part, text in enumerate(textwrap.wrap(f"{what}: {', '.join(found) or 'nothing'}", tile // 7)[:2]):
-                y = top + tile + 20 + 44 * line + 18 * part
-                common.write_text(picture, (left + 2, y), text, 14, "black" if line else (30, 60, 200))
-        boxes, valid = seen["boxes"].view(*seen["valid"].shape, 4) * tile / run.args.image_size, seen["valid"]
+        common.write_text(picture, (left + 2, top + tile + 2), sample.name, 13)
+        for line, (text, colour) in enumerate(show.captions(sample, p[2])):
+            for part, words in enumerate(textwrap.wrap(text, tile // 7)[:2]):
+                common.write_text(picture, (left + 2, top + tile + 20 + 44 * line + 18 * part), words, 14, colour)
+        boxes, valid = seen["boxes"].view(*seen["valid"].shape, 4) * tile / args.image_size, seen["valid"]
         for column, c in enumerate(seen["top"].tolist()[:maps]):
             left, heat = (column + 1) * (tile + 8) + 4, seen["z"][c].relu().float()
             shown = common.heat_overlay(photo, heat / heat.max().clamp(min=1e-6))
@@ -464,7 +476,7 @@ def draw_regions(run, path, count=8):
             picture.paste(shown, (left, top))
             silent = "" if heat.any() else ", no region"
             common.write_text(
-                picture, (left + 2, top + tile + 2), f"{table.classes[c]}, max {heat.max():.2g}{silent}", 13
+                picture, (left + 2, top + tile + 2), f"{show.classes[c]}, max {heat.max():.2g}{silent}", 13
             )
             for line, (name, colour, q) in enumerate(zip(("global", "local", "mean"), BARS, p, strict=True)):
                 y = top + tile + 24 + 24 * line
@@ -562,6 +574,8 @@ def build(args, classes):
 
 def main(args):
     env = common.start(args)
+    if args.predict or args.export:
+        return common.apply(args, env, build, draw_regions, global_branch)
     train, test = common.load_data(args, env)
     with common.first_process_first(env):
         model = build(args, test.classes)
@@ -605,8 +619,7 @@ def main(args):
         record = record or run.test()  # resumed after the last epoch
     if env.first:
         (run.out / "figures").mkdir(exist_ok=True)
-        if model.local:
-            draw_regions(run, run.out / "figures" / "regions.png")
+        draw_regions(run.show(), run.out / "figures" / "regions.png")
         if args.save_embeddings:
             save_embeddings(run, run.out / "embeddings.npz")
         if not args.evaluate:

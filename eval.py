@@ -2,6 +2,7 @@
 
     python eval.py score runs/a/scores.npz runs/b/scores.npz --per-class --min-positives 9
     python eval.py voc12 RUN/scores.npz                         what PASCAL's evaluation server scores
+    python eval.py cost                                         parameters, MACs, times, memory of the four methods
 
 Two definitions of average precision are in use, and two of CF1; every table here prints both.
   points   mean of the precision at each positive (ML-GCN, ASL, CSRA, scikit-learn)
@@ -15,16 +16,21 @@ predicted nor as true. Scores are ranked as float32, ties by the order of the ro
 """
 
 import argparse
+import copy
 import csv
+import importlib
 import json
 import math
 import sys
+import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn import functional as nnf
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from data import UserError, normalise, targets, write_atomically
@@ -340,9 +346,186 @@ def voc12(args):
     print("the server takes a .tar.gz of the folder results/VOC2012/Main with these files in it")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What a method costs beside its own plain backbone, `--baseline`, which has the same strides and frozen layers
+
+COSTS = {  # row: script, flags
+    "srdl": ("srdl", ["--glove", "hash"]),
+    "sadcl stage 1": ("sadcl", ["--stage", "1"]),
+    "sadcl stage 2": ("sadcl", ["--stage", "2"]),
+    "energy_roi": ("energy_roi", []),
+    "oass": ("oass", []),
+}
+PAPERS = """the papers, ResNet-101, 80 classes, 448 px:
+  SRDL, Table 3, RTX 3070: inference of one image 31.54 ms, with SRDL 32.58 ms (x 1.033)
+  Global Meets Local, Table 8: 31.39 G MACs and 44.55 M parameters, with it 35.98 G (x 1.146) and 74.42 M (x 1.671)"""
+
+
+def training_loss(script, args, model, device):
+    """A function (images (B, 3, S, S), y (B, C) bool) -> the loss of a training step as the script's main has it, after
+    any ramp; and one to call after the optimizer step."""
+    method, bce = importlib.import_module(script), nnf.binary_cross_entropy_with_logits
+
+    def entropies(outputs, y):
+        return sum(bce(logits, y.float()) for logits in outputs if logits is not None)
+
+    bank = teacher = None
+    if hasattr(model, "prototypes"):
+        bank = model.prototypes.detach().repeat(args.batch_size, 1, 1)
+    if script == "oass" and args.keypoint != "none" and not args.shared_teacher:
+        teacher = copy.deepcopy(model.backbone).eval().requires_grad_(False)
+
+    def srdl(images, y):
+        return entropies(model(images), y)
+
+    def sadcl(images, y):
+        logits, h = model(images)
+        if bank is None:
+            return method.asymmetric_loss(logits, y.float(), args.gamma_neg)
+        terms = method.contrast(model, h, bank, y, args)
+        method.update_bank(bank, h, logits, y)
+        contrast = args.lambda_s * terms["L_SSCL"] + args.lambda_p * terms["L_PSCL"]
+        return method.LAMBDA_BCE * bce(logits, y.float()) + contrast
+
+    def energy_roi(images, y):
+        logits, local, z, _, _ = model(images)
+        return entropies((logits, local), y) + (0 if local is None else method.weak_loss(z, y))
+
+    def oass(images, y):
+        logits, instances, cam, cam_re, image, cls = model(images, y, teacher=teacher)
+        loss = entropies((logits, instances), y)
+        if cam_re is not None:
+            l_p, l_re = method.puzzle_losses(cam, cam_re, y, image, cls)
+            loss = loss + args.alpha_p * l_p + args.alpha_re * l_re
+        return loss
+
+    def after():
+        if teacher:
+            method.update_teacher(teacher, model.backbone, 0.999)
+
+    return {"srdl": srdl, "sadcl": sadcl, "energy_roi": energy_roi, "oass": oass}[script], after
+
+
+def measure(script, flags, options, queue):
+    """One case in a process of its own, so that the peak memory is its own: put a dict of numbers into the queue."""
+    import common
+
+    try:
+        device, size, batch = torch.device(options["device"]), options["size"], options["batch"]
+        shared = ["--data", "coco", "--weights", "none", "--backbone", options["backbone"], "--image-size", str(size)]
+        method = importlib.import_module(script)
+        args = method.parse([*shared, "--batch-size", str(batch), *flags])
+        torch.manual_seed(0)
+        names = [f"class {i}" for i in range(options["classes"])]
+        model = method.build(args, names, *([int(args.stage)] if script == "sadcl" else []))
+        model.to(device, memory_format=torch.channels_last)
+        images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+        y = torch.rand(batch, len(names), device=device) < 2.9 / 80  # COCO's labels an image
+        dtype = common.DTYPES[options["amp"]]
+        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        row = {"parameters": sum(p.numel() for p in model.parameters())}
+
+        trained = [p for p in model.parameters() if p.requires_grad]
+        model.eval().requires_grad_(False)  # the counter cannot do with inference_mode alone
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(images[:1])
+        row["macs"] = counter.get_total_flops() // 2
+        for name, part in (("inference_1", images[:1]), (f"inference_{batch}", images)):
+            with torch.inference_mode(), autocast:
+                row[name] = median_seconds(lambda part=part: model(part), device, options["repeats"])
+
+        model.train()
+        for p in trained:
+            p.requires_grad_(True)
+        optimizer = torch.optim.Adam(trained, 1e-6, fused=True)  # the same for all rows
+        loss, after = training_loss(script, args, model, device)
+
+        def step():
+            with autocast:
+                value = loss(images, y)
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            after()
+
+        row["training_step"] = median_seconds(step, device, options["repeats"])
+        row["images_per_second"] = batch / row["training_step"]
+        row["peak_memory_mb"] = common.peak_memory(device)
+        queue.put(row)
+    except torch.OutOfMemoryError:
+        queue.put({"error": "out of memory"})
+    except BaseException as error:
+        queue.put({"error": f"{type(error).__name__}: {error}"})
+        raise
+
+
+def median_seconds(work, device, repeats):
+    """Median time of a call, after two to warm up."""
+    times = []
+    for _ in range(repeats + 2):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return float(np.median(times[2:]))
+
+
+def cost(args):
+    """`eval.py cost`: a table and a JSON file of each method and its own baseline."""
+    wanted = args.methods.split(",")
+    unknown = [name for name in wanted if name not in {script for script, _ in COSTS.values()}]
+    if unknown:
+        raise UserError(f"--methods {unknown[0]}: expected some of srdl,sadcl,energy_roi,oass")
+    out, device = Path(args.out), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no GPU that torch can use; take --device cpu")
+    options = {"device": device, "backbone": args.backbone, "classes": args.classes, "batch": args.batch}
+    options |= {"amp": args.amp or ("bf16" if device == "cuda" else "off")}
+    options |= {"repeats": args.repeats or (20 if device == "cuda" else 3)}
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{where}, torch {torch.__version__}; {' '.join(f'{k}={v}' for k, v in options.items())}", flush=True)
+    context, rows = torch.multiprocessing.get_context("spawn"), []
+    for size in map(int, args.sizes.split(",")):
+        for script in dict.fromkeys(script for script, _ in COSTS.values() if script in wanted):
+            names = [name for name, (owner, _) in COSTS.items() if owner == script]
+            flags = {f"{script} --baseline": ["--baseline"]} | {name: COSTS[name][1] for name in names}
+            for name, flag in flags.items():
+                queue = context.SimpleQueue()
+                process = context.Process(target=measure, args=(script, flag, options | {"size": size}, queue))
+                process.start()
+                row = queue.get()
+                process.join()
+                rows.append({"row": name, "size": size} | row)
+                print(f"{name}, {size} px: {row.get('error', 'measured')}", file=sys.stderr, flush=True)
+    print(cost_table(rows, args.batch))
+    print("x: beside the --baseline of the same script. MACs of one image, torch's count of matrix products")
+    if args.backbone == "resnet101":
+        print(PAPERS)
+    with write_atomically(out, "w") as file:
+        json.dump({"device": where, "torch": torch.__version__, "options": options, "rows": rows}, file, indent=1)
+    print(f"in {out}: all numbers")
+
+
+def cost_table(rows, batch):
+    """Rows of `measure` as text, each number with its ratio to the baseline above it."""
+    columns = {"parameters": ("M param.", 1e-6), "macs": ("G MACs", 1e-9), "inference_1": ("1 image, ms", 1e3)}
+    columns |= {f"inference_{batch}": (f"{batch} images, ms", 1e3), "training_step": ("training step, ms", 1e3)}
+    columns |= {"images_per_second": ("images/s", 1), "peak_memory_mb": ("peak MiB", 1)}
+    lines, baseline = [], {}
+    for row in rows:
+        if row["row"].endswith("--baseline"):
+            baseline = row
+        values = [row["size"]]
+        for key, (_, scale) in columns.items():
+            values += [row.get(key, math.nan) * scale, row.get(key, math.nan) / baseline.get(key, math.nan)]
+        lines.append((row["row"], values))
+    return table_text(lines, ["px", *(text for name, _ in columns.values() for text in (name, "x"))])
+
+
 def arguments():
     """Parser of `python eval.py`."""
-    parser = argparse.ArgumentParser(description="Metrics of score files.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Metrics of score files; what the methods cost.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("score", help="metrics of one or more scores.npz, side by side", allow_abbrev=False)
     command.set_defaults(run=score)
@@ -368,6 +551,18 @@ def arguments():
     command.add_argument(
         "--out", default="runs/voc12/results/VOC2012/Main", metavar="DIR", help="where to write (default: %(default)s)"
     )
+    command = commands.add_parser("cost", help="parameters, MACs, times and memory of the methods", allow_abbrev=False)
+    command.set_defaults(run=cost)
+    add = command.add_argument
+    add("--methods", default="srdl,sadcl,energy_roi,oass", help="some of %(default)s (default: all)")
+    add("--backbone", default="resnet101", help="of all methods (default: %(default)s)")
+    add("--sizes", default="448", metavar="224,448", help="sides of the input in pixels (default: %(default)s)")
+    add("--batch", type=int, default=16, metavar="N", help="images a training step (default: %(default)s)")
+    add("--classes", type=int, default=80, metavar="N", help="number of classes (default: %(default)s)")
+    add("--amp", choices=("off", "bf16", "fp16"), help="precision (default: bf16 on a GPU, off on a CPU)")
+    add("--device", choices=("cpu", "cuda"), help="where (default: the first GPU, else the CPU)")
+    add("--repeats", type=int, metavar="N", help="timed calls, of which the median counts (default: GPU 20, CPU 3)")
+    add("--out", default="runs/cost.json", metavar="FILE", help="all numbers as JSON (default: %(default)s)")
     return parser
 
 

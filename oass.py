@@ -54,7 +54,6 @@ import contextlib
 import copy
 import sys
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import nn
@@ -361,51 +360,43 @@ class OASS(nn.Module):
 # Picture (Figs. 1, 4, 5)
 
 
-def draw_keypoints(run, path, count=8, tile=242):
-    """Some test images (gt-bbox: training images, whose boxes are known), each with the CAM, its local maxima, the
-    keypoint and the cut lines of up to three classes that are present or predicted; 1,000 pixels wide."""
-    args, model, images = run.args, run.reported.eval(), run.test_loader.images
-    strategy = args.keypoint
-    if strategy == "gt-bbox" and args.evaluate:
-        strategy = "none"  # boxes come with training images only
-    elif strategy == "gt-bbox":
-        images = data.Images(run.train_loader.images.table, args.image_size, args.view, args.interpolation)
-    table = images.table
-    chosen = np.random.default_rng(args.seed).permutation(len(table))[:count]
-    picture = Image.new("RGB", (4 * (tile + 8), 26 + len(chosen) * (tile + 70)), "white")
+def draw_keypoints(show, path, tile=242):
+    """Images, each with the CAM, its local maxima, the keypoint and the cut lines of up to three classes that are
+    present or predicted; 1,000 pixels wide. gt-bbox: without keypoints where boxes are unknown."""
+    args, strategy = show.args, show.args.keypoint
+    if strategy == "gt-bbox" and any(sample.boxes is None for sample in show.samples):
+        strategy = "none"
+    picture = Image.new("RGB", (4 * (tile + 8), 26 + len(show.samples) * (tile + 70)), "white")
     legend = "CAM without its negative part: blue low, red high; dots: local maxima"
     common.write_text(picture, (6, 2), legend + "; diamond and lines: keypoint, cuts" * (strategy != "none"))
-    for row, index in enumerate(chosen):
-        batch = data.collate([images[0, index]])
-        with run.autocast():
-            p, cam = model.look(data.normalise(batch.images.to(run.env.device), batch.inside))
-        p, cam, labels = p[0].float().cpu(), cam.float().cpu(), batch.labels[0]
-        present, predicted = data.targets(labels, args.difficult_train), p >= args.threshold
+    for row, sample in enumerate(show.samples):
+        with show.autocast():
+            p, cam = (x.float().cpu() for x in show.model.look(show.batch(sample)))
+        p = p[0]
+        predicted, present = p >= args.threshold, torch.zeros(len(p), dtype=torch.bool)
+        if sample.labels is not None:
+            present = data.targets(sample.labels, args.difficult_train)
         order = (p + present.float() + (present | predicted).float()).argsort(descending=True)[:3].tolist()
         shown = [c for c in order if present[c] or predicted[c]] or order[:1]
         y = torch.zeros(1, len(p), dtype=torch.bool)
         y[0, shown] = True
         points = {}
         if strategy != "none":
-            boxes = data.box_rows(batch.boxes) if strategy == "gt-bbox" else None
+            boxes = data.box_rows([sample.boxes]) if strategy == "gt-bbox" else None
             _, cls, cells = keypoints(cam, y, strategy, args.top_k, boxes)
             owners = shown if cls is None else cls.tolist()
             points = dict(zip(owners, cells.expand(len(owners), 2).tolist(), strict=True))
-        photo = Image.fromarray(batch.images[0].permute(1, 2, 0).numpy()).resize((tile, tile), Image.BICUBIC)
-        top = 26 + row * (tile + 70)
+        photo, top = sample.tile(tile), 26 + row * (tile + 70)
         picture.paste(photo, (4, top))
-        common.write_text(picture, (6, top + tile + 2), str(table.names[index]), 13)
+        common.write_text(picture, (6, top + tile + 2), sample.name, 13)
         for column, c in enumerate(shown, 1):
             heat = CSI.mask(cam.permute(0, 2, 3, 1))[0, ..., c]  # (h, w)
             drawn = mark(common.heat_overlay(photo, heat), cam[0, c], points.get(c))
             picture.paste(drawn, (column * (tile + 8) + 4, top))
-            text = f"{table.classes[c]} {p[c]:.2f}, CAM up to {cam[0, c].max():.2g}"
+            text = f"{show.classes[c]} {p[c]:.2f}, CAM up to {cam[0, c].max():.2g}"
             common.write_text(picture, (column * (tile + 8) + 6, top + tile + 2), text, 13)
-        for line, (what, found) in enumerate((("predicted", predicted), ("true", labels != 0))):
-            cases = zip(table.classes, labels, found, strict=True)
-            names = [name + " (difficult)" * int(line and y < 0) for name, y, there in cases if there]
-            text = f"{what}: {', '.join(names) or 'nothing'}"
-            common.write_text(picture, (6, top + tile + 22 + 20 * line), text, 14, "black" if line else (30, 60, 200))
+        for line, (text, colour) in enumerate(show.captions(sample, p)):
+            common.write_text(picture, (6, top + tile + 22 + 20 * line), text, 14, colour)
     picture.save(path)
 
 
@@ -472,7 +463,7 @@ def parse(argv=None):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range")
     if args.image_size % (2 * STRIDE) and args.keypoint != "none":
         parser.error(f"--image-size {args.image_size}: expected a multiple of {2 * STRIDE}, so that halves have cells")
-    if args.keypoint == "gt-bbox" and args.data not in (*data.VOC_SETS, "coco") and not args.evaluate:
+    if args.keypoint == "gt-bbox" and args.data not in (*data.VOC_SETS, "coco") and not args.checkpoint:
         parser.error(f"--keypoint gt-bbox needs boxes, and {args.data} has none; choose another keypoint")
     if args.test_teacher and not args.evaluate:
         parser.error("--test-teacher belongs to --evaluate")
@@ -521,6 +512,8 @@ def protocol(args):
 
 def main(args):
     env = common.start(args)
+    if args.predict or args.export:
+        return common.apply(args, env, build, draw_keypoints)
     train, test = common.load_data(args, env, boxes=args.keypoint == "gt-bbox")
     with common.first_process_first(env):
         model = build(args, test.classes)
@@ -575,7 +568,10 @@ def main(args):
         record = record or run.test()  # resumed after the last epoch
     if env.first:
         (run.out / "figures").mkdir(exist_ok=True)
-        draw_keypoints(run, run.out / "figures" / "keypoints.png")
+        images = None  # boxes come with training images only
+        if args.keypoint == "gt-bbox" and not args.evaluate:
+            images = data.Images(train, args.image_size, args.view, args.interpolation)
+        draw_keypoints(run.show(images=images), run.out / "figures" / "keypoints.png")
         if not args.evaluate:
             common.draw_curves(run.out / "log.jsonl", run.out / "figures" / "curves.png")
     run.report(record)

@@ -151,7 +151,7 @@ class Attention(nn.Module):
 
     def forward(self, q, k, v):
         q, k, v = self.split(q, k, v)
-        q = q.expand(len(k), -1, -1, -1)
+        q = q.expand(k.shape[0], -1, -1, -1)
         out = nnf.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.out(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -442,10 +442,10 @@ def update_bank(bank, h, logits, y):
 # Pictures
 
 
-def draw_attention(run, path):
-    """Some test images, each with the decoder's attention for its three most confident classes."""
+def draw_attention(show, path):
+    """Images, each with the decoder's attention for its three most confident classes."""
     legend = "where the decoder looks for a class: blue low, red high"
-    common.draw_maps(run, path, run.reported.eval().look, legend)
+    common.draw_maps(show, path, show.model.look, legend)
 
 
 def principal_plane(points):
@@ -597,9 +597,11 @@ def past_best(run):
 
 def main(args):
     env = common.start(args)
-    train, test = common.load_data(args, env)
     path, run, record = args.resume or args.checkpoint, None, None
     begin = common.load_checkpoint(path)["stage"] if path else stages_of(args)[0]
+    if args.predict or args.export:
+        return common.apply(args, env, functools.partial(build, number=begin), draw_attention)
+    train, test = common.load_data(args, env)
     if args.evaluate:
         run = common.Run(args, env, build(args, test.classes, begin), train, test, stage_of(args, begin))
         record = run.evaluate()
@@ -648,7 +650,7 @@ def main(args):
             run.keep("stage1.pt")
     if env.first:
         (run.out / "figures").mkdir(exist_ok=True)
-        draw_attention(run, run.out / "figures" / "attention.png")
+        draw_attention(run.show(), run.out / "figures" / "attention.png")
         if not args.baseline:
             draw_embeddings(run, run.out / "figures" / "embeddings.png")
         if not args.evaluate:

@@ -110,11 +110,15 @@ class ClassGraph(nn.Module):
 # sums over D and maxima over P are kept of it, so it is computed for a few classes at a time and never stored.
 
 
+# Whether --export is at work, which leaves the batch's size open (torch 2.6 has no name for it).
+exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
 def class_chunks(f, *tensors):
     """Yield a few classes' parts of each tensor (classes: its last dimension but one), and first a buffer (B, c, P, D)
     to compute in. It is one piece of memory: on a CPU, fresh temporaries of this size cost more than the arithmetic."""
-    chunk = min(max(1, HELD[f.device.type] // f.numel()), tensors[0].shape[-2])
-    buffer = f.new_empty(len(f), chunk, *f.shape[1:])
+    chunk = 1 if exporting() else min(max(1, HELD[f.device.type] // f.numel()), tensors[0].shape[-2])
+    buffer = f.new_empty(f.shape[0], chunk, *f.shape[1:])
     for parts in zip(*(t.split(chunk, -2) for t in tensors), strict=True):
         yield buffer[:, : parts[0].shape[-2]], *parts
 
@@ -125,7 +129,7 @@ class TanhScore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, w, v):
         ctx.save_for_backward(u, w, v)
-        score = u.new_empty(len(u), len(w), u.shape[1])
+        score = u.new_empty(u.shape[0], w.shape[0], u.shape[1])
         for t, w_c, score_c in class_chunks(u, w, score):
             score_c.copy_(torch.mul(u[:, None], w_c[:, None], out=t).tanh_() @ v)
         return score
@@ -205,7 +209,7 @@ class CAR(nn.Module):
     def class_weights(self):
         """w = f_w(x_c) (C, D). It does not depend on the image: inference keeps it until train(), eval() or an in-place
         change of a parameter."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or exporting():
             return self.embed()
         sources = [self.nodes, self.f_w.weight, *(self.graph.parameters() if self.graph else ())]
         versions = [(t.data_ptr(), t._version) for t in sources]
@@ -400,12 +404,14 @@ class SRDL(nn.Module):
 # Picture (Fig. 5)
 
 
-def draw_attention(run, path):
-    """Some test images, each with the map of its three most confident classes and, where objects are erased in
-    training, the rectangle."""
-    model = run.reported.eval()
-    legend = "map: blue low, red high" + "; white: the rectangle that training erases" * bool(model.top_k)
-    common.draw_maps(run, path, model.look, legend)
+def draw_attention(show, path):
+    """Images, each with the map of its three most confident classes and, where objects are erased in training, the
+    rectangle."""
+    if show.args.no_spatial_attention:
+        common.draw_labels(show, path)
+    else:
+        legend = "map: blue low, red high" + "; white: the rectangle that training erases" * bool(show.model.top_k)
+        common.draw_maps(show, path, show.model.look, legend)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -467,6 +473,8 @@ def build(args, classes):
 
 def main(args):
     env = common.start(args)
+    if args.predict or args.export:
+        return common.apply(args, env, build, draw_attention)
     train, test = common.load_data(args, env)
     with common.first_process_first(env):
         model = build(args, test.classes)
@@ -500,8 +508,7 @@ def main(args):
         record = record or run.test()  # resumed after the last epoch
     if env.first:
         (run.out / "figures").mkdir(exist_ok=True)
-        if not args.no_spatial_attention:
-            draw_attention(run, run.out / "figures" / "attention.png")
+        draw_attention(run.show(), run.out / "figures" / "attention.png")
         if not args.evaluate:
             common.draw_curves(run.out / "log.jsonl", run.out / "figures" / "curves.png")
     run.report(record)
