@@ -562,12 +562,17 @@ def test_the_papers_network_has_the_known_number_of_parameters_and_stride_16(fla
     assert model.head.bias is None
 
 
-@pytest.mark.parametrize(("b", "classes"), [(3, 7), (1, 7), (2, 500), (1, 1)])
-@pytest.mark.parametrize("case", ["nothing", "everything", "constant image"])
-@pytest.mark.parametrize("strategy", [s for s in oass.STRATEGIES if s != "none"])
+BATCHES = [
+    (strategy, case, b, classes)
+    for strategy in oass.STRATEGIES[1:]
+    for case in ("nothing", "everything", "constant image")
+    for b, classes in ((3, 7), (1, 7), (2, 500), (1, 1))
+    if classes < 500 or case != "everything" or strategy == "cmax"  # 1,000 pairs: once is enough
+]
+
+
+@pytest.mark.parametrize(("strategy", "case", "b", "classes"), BATCHES)
 def test_any_batch_trains(strategy, case, b, classes):
-    if classes == 500 and case == "everything" and strategy != "cmax":
-        pytest.skip("1,000 pairs: once is enough")
     y = torch.full((b, classes), case == "everything")
     images = torch.zeros(b, 3, 64, 32) if case == "constant image" else randoms(b, 3, 64, 32, dtype=torch.float)
     y[:1, :1] |= case == "constant image"
@@ -747,16 +752,16 @@ def test_row(row, oass_run, rows):
     total += alpha_p * record.get("L_p", 0) + alpha_re * record.get("L_re", 0)
     assert record["loss"] == pytest.approx(total, rel=1e-5)
     rows[row] = record, state["model"]
-    first = rows["baseline"][1]
-    if row == "none":
-        assert all(torch.equal(first[n], t) for n, t in state["model"].items())
+    # beside the rows before it; of a single row run by -k there are none
+    if row == "none" and "baseline" in rows:
+        assert all(torch.equal(rows["baseline"][1][n], t) for n, t in state["model"].items())
     elif not csi and row != "baseline":  # same start, other updates
         others = [n for n in rows if n not in (row, "none") and "CSI" not in n]
         for other in others:
             weights = rows[other][1]
             assert any(not torch.equal(weights[n], t) for n, t in state["model"].items()), other
-    elif row.endswith(" + CSI"):
-        assert any(not torch.equal(rows[row[:-6]][1][n], state["model"][n]) for n in first)
+    elif row.endswith(" + CSI") and row[:-6] in rows:
+        assert any(not torch.equal(t, state["model"][n]) for n, t in rows[row[:-6]][1].items())
 
 
 def test_the_weights_rise_within_the_run(oass_run):
