@@ -450,6 +450,14 @@ def weights_of(state):
     return state["ema"] or state["model"]
 
 
+def load_weights(model, weights, path):
+    """Fill the model with a checkpoint's state dict; UserError when other flags gave it another shape."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit these flags: {' '.join(str(error).split())[:300]}") from None
+
+
 def init_from(model, weights, old_classes, classes):
     """Copy what fits from another model's state dict; returns names (copied, copied by class, fresh).
 
@@ -625,7 +633,7 @@ class Run:
             for what, names in zip(("copied", "copied by class name", "fresh"), lists, strict=True):
                 self.say(f"--init-from {args.init_from}: {what}: {abridged(names)}")
         if self.state:
-            self.load_weights(self.state["model"])
+            load_weights(self.model, self.state["model"], args.resume)
         if not self.follows:
             self.choose_precision()
         # fp16's gradients underflow without a scale; bf16 has float32's range
@@ -658,14 +666,6 @@ class Run:
             net = nn.parallel.DistributedDataParallel(net, [env.device.index] if env.device.type == "cuda" else None)
         self.net = net
         return net
-
-    def load_weights(self, weights):
-        """Fill the model from the checkpoint; UserError when other flags gave it another shape."""
-        try:
-            self.model.load_state_dict(weights)
-        except RuntimeError as error:
-            path = self.args.resume or self.args.checkpoint
-            raise UserError(f"{path} does not fit these flags: {' '.join(str(error).split())[:300]}") from None
 
     def restore(self):
         """Continue the checkpoint: optimizer, scaler, moving average, counters, log. The schedule is a function of the
@@ -889,7 +889,7 @@ class Run:
 
     def evaluate(self):
         """--evaluate --checkpoint: the stored model's metrics, in a folder of their own."""
-        self.load_weights(weights_of(self.state))
+        load_weights(self.model, weights_of(self.state), self.args.checkpoint)
         self.choose_precision()
         self.write_header()
         record = {"checkpoint": str(self.args.checkpoint), "epoch": self.state["epoch"]} | self.test()
@@ -948,10 +948,7 @@ def apply(args, env, build, draw, part=None):
     state = load_checkpoint(args.checkpoint)
     refuse_other(args.checkpoint, "normalisation", state["normalisation"], {"mean": [*data.MEAN], "std": [*data.STD]})
     model = build(args, state["classes"])
-    try:
-        model.load_state_dict(weights_of(state))
-    except RuntimeError as error:
-        raise UserError(f"{args.checkpoint} does not fit these flags: {' '.join(str(error).split())[:300]}") from None
+    load_weights(model, weights_of(state), args.checkpoint)
     model.eval().requires_grad_(False)
     if args.export:
         return export(args, model, state["classes"], part)
@@ -984,36 +981,37 @@ def predict(show, draw):
         raise UserError(f"--out {out}: cannot be made ({error.strerror}); choose another") from None
     view = data.VIEWS[args.view if isinstance(args.view, str) else args.view[0]][1]
     print(f"{args.checkpoint}: {args.method}, {args.backbone}, {args.image_size} px, {len(show.classes)} classes")
-    for path in photos_in(args.predict):
-        try:
-            source = data.read_photo(path)
-        except UserError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-            continue
-        box = view(source.shape[2], source.shape[1], args.image_size)
-        image, inside = data.apply_view(source, box, args.image_size, args.interpolation)
-        sample = Sample(path.name[-34:], image, inside, data.apply_view(source, box, max(448, args.image_size))[0])
-        show.samples = [sample]
-        with torch.no_grad(), show.autocast():
-            p = show.model(show.batch(sample))[0].float().sigmoid().cpu()
-        best = [f"{show.classes[c]} {p[c]:.2f}" for c in p.argsort(descending=True).tolist()]
-        found = int((p >= args.threshold).sum())
-        print(f"{path}: {', '.join(best[:found]) or f'nothing from {args.threshold} on; highest: {best[0]}'}")
-        name = path.stem
-        while name in used:
-            name += "_"
-        used.add(name)
-        draw(show, out / "pictures" / f"{name}.jpg")
-        rows[str(path)] = p
-    if not rows:
-        raise UserError(f"--predict {' '.join(args.predict)}: no image could be read")
-    with write_atomically(table, "w") as file:
+    with open(table, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("image", "labels", *show.classes))
-        for name, p in rows.items():
+        for path in photos_in(args.predict):
+            try:
+                source = data.read_photo(path)
+            except UserError as error:
+                print(f"skipped: {error}", file=sys.stderr)
+                continue
+            box = view(source.shape[2], source.shape[1], args.image_size)
+            image, inside = data.apply_view(source, box, args.image_size, args.interpolation)
+            photo, _ = data.apply_view(source, box, max(448, args.image_size))
+            show.samples = [Sample(path.name[-34:], image, inside, photo)]
+            with torch.no_grad(), show.autocast():
+                p = show.model(show.batch(show.samples[0]))[0].float().sigmoid().cpu()
+            best = [f"{show.classes[c]} {p[c]:.2f}" for c in p.argsort(descending=True).tolist()]
             found = [c for c, v in zip(show.classes, p, strict=True) if v >= args.threshold]
-            writer.writerow((name, "|".join(found), *(f"{v:.6f}" for v in p)))
-    print(f"in {out}: predictions.csv, pictures/ ({len(rows)})")
+            said = ", ".join(best[: len(found)]) or f"nothing from {args.threshold} on; highest: {best[0]}"
+            print(f"{path}: {said}", flush=True)
+            writer.writerow((path, "|".join(found), *(f"{v:.6f}" for v in p)))
+            file.flush()
+            name = path.stem
+            while name in used:
+                name += "_"
+            used.add(name)
+            draw(show, out / "pictures" / f"{name}.jpg")
+            rows[str(path)] = p
+    if not rows:
+        table.unlink()
+        raise UserError(f"--predict {' '.join(args.predict)}: no image could be read")
+    print(f"in {out}: predictions.csv, pictures/ ({len(used)})")
     return rows
 
 
@@ -1021,9 +1019,9 @@ EXPORTS = {".pt2": (), ".onnx": ("onnx", "onnxscript")}  # the packages they nee
 
 
 def export(args, model, classes, part=None):
-    """Write the network, float32, for any batch size, to FILE.pt2 or FILE.onnx, and what its user must know to
-    FILE.json. Returns the largest difference between its logits and the network's on batches of 1 and 7; None where
-    nothing is installed that runs the file."""
+    """Write the network, float32, for any batch size, to FILE.pt2 or FILE.onnx, and beside it (model.onnx.json) what
+    its user must know. Returns the largest difference between its logits and the network's on batches of 1 and 7; None
+    where nothing is installed that runs the file."""
     path, size = Path(args.export), args.image_size
     missing = [name for name in EXPORTS[path.suffix] if not importlib.util.find_spec(name)]
     if missing:
@@ -1059,14 +1057,14 @@ def export(args, model, classes, part=None):
     about |= {"input": f"images (batch, 3, {size}, {size}) float32: RGB in [0, 1], minus mean, over std"}
     about |= {"view": view, "interpolation": args.interpolation, "mean": data.MEAN, "std": data.STD}
     about |= {"output": "logits (batch, classes) float32; probability = 1 / (1 + exp(-logit))"}
-    with write_atomically(path.with_suffix(".json"), "w") as file:
+    with write_atomically(f"{path}.json", "w") as file:
         json.dump(about | {"largest_difference": difference}, file, indent=1)
     size = content.getbuffer().nbytes / 2**20
     print(f"{path}: {args.method}, {len(classes)} classes, {size:.0f} MiB" + f"; {note}" * bool(note))
     checked = "not checked: pip install onnxruntime"
     if difference is not None:
         checked = f"its logits differ from the network's by {difference:.1g} at most, on batches of 1 and 7"
-    print(f"{checked}; classes and normalisation: {path.with_suffix('.json')}")
+    print(f"{checked}; classes and normalisation: {path}.json")
     return difference
 
 

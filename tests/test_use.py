@@ -195,7 +195,7 @@ def test_an_exported_network_gives_the_same_logits(name, kind, trained, tmp_path
         runtime = pytest.importorskip("onnxruntime")
     run, path = trained(name), tmp_path / "to" / f"model.{kind}"
     assert use(name, "--export", str(path), "--checkpoint", str(run)) < 1e-4
-    about = json.loads(path.with_suffix(".json").read_text())
+    about = json.loads(Path(f"{path}.json").read_text())
     args = SCRIPTS[name].parse(["--export", str(path), "--checkpoint", str(run)])
     state = common.load_checkpoint(run / "last.pt")
     extra = [state["stage"]] if name == "sadcl" else []
