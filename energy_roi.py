@@ -20,7 +20,8 @@ kr boxes of each region, R = K*ke*kr slots (ko in the paper), of which V are val
 | Eq. 1 and 5, losses | main: L_global, L_local |
 | Eq. 2, category-aware weak supervision | weak_loss |
 | Sec. 3.3, regions and their energy | components, strongest_rectangles, select_regions |
-| Eq. 7 and 8, smaller boxes | select_regions, its loop over zeta |
+| Eq. 7, BatchNorm of the maps | EnergyROI.weak_maps |
+| Eq. 8, smaller boxes | select_regions, its loop over zeta |
 | Eq. 3, global self-attention (GA) | Attention, EnergyROI.look_globally |
 | series of transform layers | transform_layers, EnergyROI.look_locally |
 | Eq. 4, cross-granularity attention (CA) | Attention with `valid`, EnergyROI.fuse_regions |
@@ -34,7 +35,8 @@ D1  Eqs. 1, 2, 5 are of one image; we take the mean over the batch, and over cla
     printed. (0.05 * 20 = 0.0125 * 80 hints that theirs was a sum over classes.)
 D2  Eq. 2's H and W are said to be the image's; they are the map's. softplus(z) is -log(1 - S(z)) without its delta.
 D3  Eq. 8 subtracts zeta * mu. BatchNorm makes the loss blind to the sign of mu, and where it is negative the boxes
-    would grow: |mu|. It is subtracted after BatchNorm's affine part, inside the box before, so that boxes nest.
+    would grow: |mu|. It is subtracted after BatchNorm's affine part (which Eq. 7 does not print), with its eps under
+    the root too, inside the box before, so that boxes nest. Where nothing is left, the box before is taken again.
 D4  Eq. 4 has no 1/sqrt(d), the text says "similar to Eq. 3", which has: CA_SCALED.
 D5  Regions have no gradient, so L_weak alone trains the maps, and nothing asks a present class for a region: maps
     without any are common. No region in an image: one box, the whole image. See the log's maps_with_region (share of
@@ -43,8 +45,9 @@ unstated: all widths. Transform layers are a copy of the backbone's last stage; 
     With ResNet-101 and C = 80 that is 57,956,736 parameters without CA and GA, 74,660,224 with both (Table 8: 57.63 M,
     74.42 M). Totals of MACs agree with Table 8 too, what the parts add does not (README), so the widths are not theirs.
 unstated: "sliced and summed", "max fusion": CA's output without the global token, summed over the boxes of a class,
-    linear, maximum over the K classes; without CA the same with F_l. zeta 1 and 2; smaller boxes go by energy also with
-    --rank area; F_g is a maximum of its own; no residual in either attention; the average is of probabilities.
+    linear, maximum over the K classes; without CA the same with F_l. zeta 1 and 2; regions are 8-connected; smaller
+    boxes go by energy also with --rank area; missing boxes have no part in CA, sum and maximum; the average is of
+    probabilities.
 unstated: 3x3 ROIs by roi_align; other levels of --roi-level: the convolutions that read F_r start anew;
     --no-weak: nothing trains the maps, they are BatchNorm of a random projection, unless --tie-weak-head.
 unstated: momentum, decay (of BatchNorm too), pretrained layers at 0.1 of the rate (the copy too; all at the full rate
@@ -76,7 +79,7 @@ PAPER = {
     "epochs": 50,
     "lr": 0.05,  # VOC2007
     "pretrained_lr": 0.1,  # unstated: of lr, for layers that are pretrained
-    "optimizer": "sgd",  # unstated
+    "optimizer": "sgd",
     "weight_decay": 1e-4,  # unstated
     "schedule": "step",  # x 0.1 at DROPS
     "view": "multi-scale",  # S + 64, crop scales {1, 0.875, 0.75, 0.66, 0.5}, resize to S
@@ -337,7 +340,7 @@ class EnergyROI(nn.Module):
             return self.fc(x).max(1).values, x.max(1).values  # two maxima: max_p w x_p is not w max_p x_p
 
     def weak_maps(self, f):
-        """F_w (B, D, H, W) -> z (B, C, H, W), in float32."""
+        """F_w (B, D, H, W) -> z (B, C, H, W), Eq. 7 with an affine part (D3), in float32."""
         weight = self.weak_conv.weight if self.weak_conv else self.fc.weight[..., None, None]
         with torch.autocast(f.device.type, enabled=False):
             return self.weak_bn(nnf.conv2d(full(f), weight))
@@ -610,7 +613,7 @@ def main(args):
                     logits, local, z, top, valid = net(images)
                 losses, seen = {"L_global": nnf.binary_cross_entropy_with_logits(logits, y.float())}, {}  # Eq. 1, D1
                 if model.local:
-                    losses["L_local"] = nnf.binary_cross_entropy_with_logits(local, y.float())  # Eq. 5
+                    losses["L_local"] = nnf.binary_cross_entropy_with_logits(local, y.float())  # Eq. 5, D1
                     if not args.no_weak:
                         losses["L_weak"] = weak_loss(z, y)  # Eq. 2
                     seen = regions_seen(z, top, valid, y)

@@ -87,7 +87,7 @@ def average_precision(scores, labels, kind="points"):
 
 
 def precision_recall_f1(scores, labels, threshold=0.5, top=None):
-    """CP CR CF1 CF1_macro OP OR OF1 in [0, 1] (SRDL Eqs. 14-16) of the predictions score >= logit(threshold).
+    """CP CR CF1 CF1_macro OP OR OF1 in [0, 1] (SRDL's Eqs. 14 to 16) of the predictions score >= logit(threshold).
 
     top=3: a prediction must also be among the image's three highest scores of all classes. Per-class means leave out
     classes without positives; a class that is never predicted has precision 0.

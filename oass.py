@@ -35,15 +35,19 @@ D3  Sec. 2.1 says that L_p-cls makes the encoder better. But its patches are see
     so L_p-cls trains the head g alone and L_re the student's f and g. --shared-teacher lets both branches learn.
 D4  Table 1's images are the segmentation split's (10,582 / 1,449): --train-list, --val-list. Without them it is Main's.
 D5  Ramp and EMA horizon scale with --epochs. The teacher's horizon of 1,000 steps is at most a fifth of a short run.
-unstated: a local maximum equals the maximum of its 3x3 neighbourhood and is > 0; k = 3; a class without one takes its
-    largest cell; of equal cells the first counts; half cells round to even; cells are clamped to [1, h-1], so that no
-    patch is empty; several boxes of a class: the mean of their centres, no visible box: the image's centre; patches
-    are resized bilinearly without antialiasing; the teacher's decay min(1 - 1/(step + 1), 0.999), in eval mode, with
-    its BatchNorm statistics averaged too, and the head g live; CSI's mask is the CAM without its negative part, divided
-    by its maximum, detached; the loss with CSI is L_cls + L_csi, its scores are CSI's; difficult objects are positives;
-    100 epochs, batch 32, lr 1e-4 and 1e-3 for new layers, poly 0.9, weight decay 1e-4 but for biases and BatchNorm.
+D6  L_re is printed as ||A^s - A^re||_1 of features. As in PuzzleCAM, whose terms the paper says it preserves, it is a
+    mean over the CAMs, and maps of absent classes have no part in it.
+unstated: Max's total, L_cls + a_p L_p-cls + a_re L_re; a local maximum equals the maximum of its 3x3 neighbourhood and
+    is > 0; k = 3; fewer than k: those there are; a class without one takes its largest cell; of equal cells the first
+    counts; half cells round to even; cells are clamped to [1, h-1], so that no patch is empty; several boxes of a
+    class: the mean of their centres, no visible box: the image's centre; patches are resized bilinearly without
+    antialiasing; the teacher's decay min(1 - 1/(step + 1), 0.999), in eval mode, with its BatchNorm statistics averaged
+    too, and the head g live; CSI's mask is the CAM without its negative part, divided by its maximum, detached; the
+    loss with CSI is L_cls + L_csi, its scores are CSI's; difficult objects are positives; the longer side is resized,
+    and placed anywhere on the canvas, in tests in its corner and only shrunk; 100 epochs, batch 32, lr 1e-4 and 1e-3
+    for new layers, poly 0.9, weight decay 1e-4 but for biases and BatchNorm.
 At equal a_re a class's share of L_re is about C / n_pos times larger in the channel-wise strategies than in Max: one
-is a mean over all C maps, the other over the present ones. Kept as printed.
+is a mean over all C maps, the other over the present ones. Kept, for the paper has one a_re.
 PuzzleCAM with its own recipe: a_p 1 without ramp, a_re to 4 over half the run, SGD with effectively no momentum (its
 weight decay stands in the momentum's place), all weights decayed, biases not but at twice the rate, 15 epochs.
 The toy recipe (toy data, ResNet-18 from scratch, one-cycle learning rate, ramp over half the run) is ours.
@@ -235,8 +239,9 @@ def tiled(maps, cells):
 def puzzle_losses(cam, cam_re, y, image, cls=None):
     """CAM (B, C, h, w), its tiled one for each pair (n, C, h, w), labels y (B, C) -> L_p-cls, L_re, means over images.
 
-    With one keypoint for each image, L_re is over the maps of all classes, 0 where absent. With one for each pair of an
-    image and a present class cls (n,), L_re is over the map of cls, and both are means over an image's pairs (D2).
+    With one keypoint for each image, L_re is over the maps of all classes, 0 where absent (D6). With one for each pair
+    of an image and a present class cls (n,), L_re is over the map of cls, and both are means over an image's pairs
+    (D2).
     """
     y = y.to(cam)
     p_cls = nnf.binary_cross_entropy_with_logits(cam_re.mean((2, 3)), y[image], reduction="none").mean(1)  # (n,)
@@ -331,7 +336,7 @@ class OASS(nn.Module):
         encoder, parts = teacher or self.backbone, []
         chunk = self.chunk if teacher else len(image)  # shared weights: BatchNorm must see all at once
         for some, at in zip(image.split(chunk), cells.split(chunk), strict=True):
-            with torch.no_grad() if teacher else contextlib.nullcontext():
+            with torch.no_grad() if teacher else contextlib.nullcontext():  # D3
                 features = encoder(patches_of(images[some], at))[2]  # (4n, D, h/2, w/2)
             parts.append(tiled(self.cam(features)[0].permute(0, 3, 1, 2), at))
         return torch.cat(parts)
@@ -500,7 +505,7 @@ def schedule_of(optimizer, args, total):
 
 
 def protocol(args):
-    """Lines that say what of Table 1's protocol is missing."""
+    """Lines that say what of Table 1's protocol is missing (D4)."""
     lists = {"--train-list": args.evaluate or args.train_list, "--val-list": args.val_list}
     missing = [flag for flag, given in lists.items() if not given]
     if args.data == "voc2012" and missing:

@@ -33,7 +33,7 @@ D1  SSCL: the released code masks anchors in another order than they lie in: one
     active in image (v B + b) // 2, v its view and b its image, and they are divided by all. We count every anchor,
     with lambda_s 16 for the same size of gradient (not validated by training); --sscl official is theirs, with 100.
 D2  The contrast set is the whole batch over all processes. Theirs was the 32 images of a process, for which both
-    lambdas were tuned: so coco's recipe has --contrast-chunk 32, on any number of GPUs.
+    lambdas were tuned: so all recipes but the toy's have --contrast-chunk 32, on any number of GPUs.
 D3  They stop early on the test set; --early-stop does (and then stage 2 starts from the best epoch). By default
     training stops after a fixed part of the cycle, 20 and 12 of 80 epochs, and the last epoch is the number.
 D4  PSCL of a class without positives in the batch: we subtract the detached maximum from the first term; same gradient,
@@ -82,7 +82,7 @@ PAPER = {
     "weight_decay": 5e-3,
     "ema_decay": 0.9998,
     "view": ("whole", "multi-scale"),
-    "pixels": ("cutout-randaugment", "none"),
+    "pixels": ("cutout-randaugment", "none"),  # D6
     "interpolation": "bilinear",
     "difficult_train": "negative",
     "difficult_test": "negative",

@@ -15,13 +15,14 @@ Letters: B images, C classes, D channels, H W map size, P = H*W positions, K era
 
 | paper | here |
 |---|---|
-| Eq. 1, feature map | common.Backbone, its F32 |
+| Eq. 1, feature map | SRDL.features: common.Backbone's F32 |
 | Eq. 3, graph | ClassGraph |
 | Eq. 4, 5, channel and spatial attention | CAR.attend, tanh_score |
 | Eq. 6 and its global max pooling | class_features |
 | Eq. 2, classifier | ClassLinear |
 | Eq. 7 to 10, object erasing | longest_peak_run, erased_rectangle, erased_logits |
 | Eq. 11 to 13, loss | main: L_ori + L_era |
+| Eq. 14 to 16, metrics | eval.precision_recall_f1 |
 | Table 6, rows SD and SAM | SD, SAM |
 
 Differences from the paper. D: it prints something else; "unstated": it is silent, and this is what we chose.
@@ -32,9 +33,11 @@ D3  The graph G = {V, A} has A for its nodes and V for its adjacency; here they 
 D4  "randomly initialised" adjacency: U(0, 1) makes all class embeddings equal (cosine 1.000), so nothing could be
     class-specific. Here V = I + U(-1/C, 1/C), and Vhat = D^-1/2 V D^-1/2 with D the row sums of |V|.
 unstated: two graph layers; LeakyReLU slope 0.2; W^l ~ U(+-1/sqrt(300)); no bias in f_ca, f_sa, f_w, biases in f_c, f_s;
-    f_w shared by Eqs. 4 and 5; features stay at 14x14 (FEATURE_POOL); layer4 and the head are trained, the rest is
-    frozen with its BatchNorm in eval mode (--train-backbone), as in the group's other code; VOC's difficult objects are
-    negatives; ImageNet V1 weights; bicubic resizing; a flat marginal erases nothing; of equally wide runs the first.
+    f_w shared by Eqs. 4 and 5; a linear unit for each class in Eq. 2; without CA or SA (Table 6) Eq. 6 has no 0.5;
+    features stay at 14x14 (FEATURE_POOL); layer4 and the head are trained, the rest is frozen with its BatchNorm in
+    eval mode (--train-backbone), as in the group's other code; VOC's difficult objects are negatives; ImageNet V1
+    weights; GloVe 6B, the mean of a name's words; bicubic resizing; a flat marginal erases nothing; of equally wide
+    runs the first; means over classes leave out those without positives.
 Training crops are cut in whole source pixels and resized once, where the paper resizes twice: interpolation detail.
 The toy recipe (toy data, ResNet-18 from scratch, one-cycle learning rate) is ours.
 """
@@ -93,7 +96,7 @@ class ClassGraph(nn.Module):
     def __init__(self, classes, width=WORD_WIDTH, layers=2):
         super().__init__()
         noise = torch.empty(classes, classes).uniform_(-1 / classes, 1 / classes)
-        self.adjacency = nn.Parameter(torch.eye(classes) + noise)  # D4
+        self.adjacency = nn.Parameter(torch.eye(classes) + noise)  # D3, D4
         bound = width**-0.5
         self.weights = nn.ParameterList(torch.empty(width, width).uniform_(-bound, bound) for _ in range(layers))
 
@@ -197,7 +200,7 @@ class CAR(nn.Module):
         self.f_ca = nn.Linear(width, width, bias=False) if channel_attention else None
         self.f_c = nn.Linear(width, width) if channel_attention else None
         self.f_sa = nn.Linear(width, width, bias=False) if spatial_attention else None
-        self.f_s = nn.Linear(width, 1) if spatial_attention else None  # D2
+        self.f_s = nn.Linear(width, 1) if spatial_attention else None  # Eq. 5, D2
         self.classifier = ClassLinear(classes, width)
         self.scale = 0.5 if channel_attention and spatial_attention else 1.0  # Eq. 6's, without a partner dropped
         self.kept, self.kept_for = None, None
@@ -370,7 +373,7 @@ class SRDL(nn.Module):
             self.head = {"gap": GAP, "sam": SAM}[head](width, len(nodes))
 
     def features(self, images):
-        """F (B, P, D) and the map's size (H, W)."""
+        """Eq. 1: F (B, P, D) and the map's size (H, W)."""
         f = self.backbone(images)[2]  # (B, D, H, W)
         if FEATURE_POOL > 1:
             f = nnf.avg_pool2d(f, FEATURE_POOL)
@@ -502,7 +505,7 @@ def main(args):
                     logits, erased = net(images)  # (B, C) each
                 terms = {"L_ori": nnf.binary_cross_entropy_with_logits(logits, y)}  # Eq. 11, D1
                 if erased is not None:
-                    terms["L_era"] = nnf.binary_cross_entropy_with_logits(erased, y)  # Eq. 12, over all classes
+                    terms["L_era"] = nnf.binary_cross_entropy_with_logits(erased, y)  # Eq. 12, D1; over all classes
                 run.update(sum(terms.values()), **terms)  # Eq. 13
             record = run.finish_epoch(epoch)
         record = record or run.test()  # resumed after the last epoch

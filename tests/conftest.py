@@ -1,10 +1,12 @@
 """Shared fixtures: a small toy set, and SRDL runs of seconds."""
 
+import math
 import os
 
 import pytest
 import torch
 
+import common
 import data
 import srdl
 
@@ -42,6 +44,44 @@ def run(toy, tmp_path, monkeypatch):
         return srdl.main(args), folder
 
     return train
+
+
+def plain_bce(logits, y):
+    """Mean binary cross-entropy as papers print it, a cell at a time: y log p + (1 - y) log(1 - p)."""
+    cells = zip(logits.detach().double().sigmoid().flatten().tolist(), y.flatten().tolist(), strict=True)
+    return -sum(math.log(p) if present else math.log(1 - p) for p, present in cells) / y.numel()
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """steps(network) -> a list of (outputs, labels, logged terms), which a run fills at every training step; a cell of
+    the labels is made -1."""
+
+    def watch(network):
+        seen, now = [], {}
+        forward, batches, update = network.forward, common.Run.batches, common.Run.update
+
+        def see_forward(*inputs, **named):
+            now["outputs"] = forward(*inputs, **named)
+            return now["outputs"]
+
+        def see_batches(run, epoch):
+            for batch in batches(run, epoch):
+                batch[1][0, 0] = -1  # a difficult object
+                now["labels"] = batch[1].cpu()
+                yield batch
+
+        def see_update(run, loss, **terms):
+            values = {name: term.item() for name, term in {"loss": loss, **terms}.items()}
+            seen.append((now["outputs"], now["labels"], values))
+            update(run, loss, **terms)
+
+        monkeypatch.setattr(network, "forward", see_forward)
+        monkeypatch.setattr(common.Run, "batches", see_batches)
+        monkeypatch.setattr(common.Run, "update", see_update)
+        return seen
+
+    return watch
 
 
 @pytest.fixture(scope="session")

@@ -342,6 +342,24 @@ def test_cutout_hides_at_most_half_the_side_and_leaves_its_input():
         )
 
 
+def test_each_of_two_operations_acts_half_the_time_at_a_magnitude_of_1_to_9(monkeypatch):
+    drawn = []
+
+    def operation(num_ops, magnitude):
+        drawn.append((num_ops, magnitude))
+        return lambda image: image
+
+    monkeypatch.setattr(data, "RandAugment", operation)
+    torch.manual_seed(0)
+    counts = []
+    for _ in range(400):
+        before = len(drawn)
+        data.cutout_and_randaugment(torch.zeros(3, 8, 8, dtype=torch.uint8))
+        counts.append(len(drawn) - before)
+    shares = [counts.count(n) / 400 for n in range(3)]
+    assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.08) and set(drawn) == {(1, m) for m in range(1, 10)}
+
+
 def test_normalise_is_imagenets():
     images = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
     out = data.normalise(images)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from conftest import SMALL
+from conftest import SMALL, plain_bce
 from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -484,6 +484,26 @@ def test_the_network_equals_plain_loops(last_stride, options):
         assert torch.allclose(a, b, rtol=1e-8, atol=1e-10)
 
 
+def test_eq7_equals_a_plain_loop():
+    model, f = network(3).double().train(), torch.randn(2, 512, 3, 5, dtype=torch.double)
+    nn.init.uniform_(model.weak_bn.weight, 0.5, 2)
+    nn.init.normal_(model.weak_bn.bias)
+    z = model.weak_maps(f)
+    for c in range(3):
+        x = torch.stack([(image * model.weak_conv.weight[c]).sum(0) for image in f])  # (B, H, W)
+        mu = x.sum() / x.numel()
+        x = (x - mu) / (((x - mu) ** 2).sum() / x.numel() + 1e-5).sqrt()
+        assert torch.allclose(z[:, c], x * model.weak_bn.weight[c] + model.weak_bn.bias[c], rtol=1e-10)
+
+
+def test_the_output_is_the_average_of_both_predictions():
+    model, images = network().eval(), images_of(2, 32, 48)
+    with torch.no_grad():
+        output, (logits, local, *_) = model(images), frozen_norm(model)(images)
+    assert torch.allclose(output.sigmoid(), (logits.sigmoid() + local.sigmoid()) / 2, atol=1e-6)
+    assert not torch.allclose(logits, local, atol=0.01)
+
+
 def test_global_feature_is_a_maximum_of_its_own():
     model = network(ga=False)
     f = torch.randn(2, 512, 3, 5)
@@ -769,6 +789,19 @@ def test_table_row(row, energy_run, rows):
     if "--roi-level" in flags:
         assert state["transform.layer4.0.conv1.weight"].shape[1] == levels[int(flags[1])]
         assert state["weak_conv.weight"].shape[1] == levels[int(flags[3])]
+
+
+def test_eqs_1_5_and_6_equal_plain_sums(energy_run, steps):
+    seen = steps(energy_roi.EnergyROI)
+    energy_run("--limit", "4", "--image-size", "32")
+    for (logits, local, z, _, _), labels, terms in seen:
+        y = labels != 0  # difficult objects are positives
+        assert terms["L_global"] == pytest.approx(plain_bce(logits, y), rel=1e-5)
+        assert terms["L_local"] == pytest.approx(plain_bce(local, y), rel=1e-5)
+        assert terms["L_weak"] == pytest.approx(energy_roi.weak_loss(z, y).item(), rel=1e-5)
+        assert terms["loss"] == pytest.approx(terms["L_global"] + terms["L_weak"] + terms["L_local"], rel=1e-6)
+        assert terms["L_global"] != terms["L_local"] and y.any()
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("change", [{"ks": 2}, {"ke": 1}, {"kr": 1}, {"rank": "area"}])

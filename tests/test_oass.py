@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, plain_bce
 from PIL import Image
 from test_common import same_run, stop_in_epoch
 from torch import nn
@@ -762,6 +762,23 @@ def test_row(row, oass_run, rows):
             assert any(not torch.equal(weights[n], t) for n, t in state["model"].items()), other
     elif row.endswith(" + CSI") and row[:-6] in rows:
         assert any(not torch.equal(t, state["model"][n]) for n, t in rows[row[:-6]][1].items())
+
+
+@pytest.mark.parametrize("strategy", ["max", "cmax"])
+def test_the_terms_of_a_run_equal_plain_sums(strategy, oass_run, steps):
+    seen = steps(oass.OASS)
+    oass_run("--csi", "--keypoint", strategy, "--ramp-epochs", "0", "--alpha-p", "2", "--alpha-re", "3")
+    for (logits, instances, cam, cam_re, image, cls), labels, terms in seen:
+        y = labels != 0  # difficult objects are positives
+        assert terms["L_cls"] == pytest.approx(plain_bce(logits, y), rel=1e-5)
+        assert terms["L_csi"] == pytest.approx(plain_bce(instances, y), rel=1e-5)
+        weight = [1 if cls is None else 1 / int(y[i].sum()) for i in image.tolist()]
+        p = [w * plain_bce(m.mean((1, 2)), y[i]) for w, m, i in zip(weight, cam_re, image.tolist(), strict=True)]
+        assert terms["L_p"] == pytest.approx(sum(p) / len(y), rel=1e-5)
+        assert terms["L_re"] == pytest.approx(oass.puzzle_losses(cam, cam_re, y, image, cls)[1].item(), rel=1e-5)
+        total = terms["L_cls"] + terms["L_csi"] + 2 * terms["L_p"] + 3 * terms["L_re"]
+        assert terms["loss"] == pytest.approx(total, rel=1e-6) and y.any()
+    assert len(seen) == 2
 
 
 def test_the_weights_rise_within_the_run(oass_run):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import plain_bce
 from PIL import Image
 from test_common import same_run, stop_in_epoch
 from torch import nn
@@ -757,6 +758,23 @@ def test_ablation_row(row, sadcl_run):
     assert (folder / "figures" / "embeddings.png").exists() == (row != "baseline")
     if row == "+SSCL":  # the prototypes only start the bank; DDP would wait for their gradient
         assert len(state["optimizer"]["param_groups"][0]["params"]) == len(state["model"]) - 1
+
+
+def test_the_classification_losses_of_both_stages_equal_plain_sums(sadcl_run, steps):
+    seen = steps(sadcl.SADCL)
+    sadcl_run("--gamma-neg", "2")
+    for number, ((logits, _), labels, terms) in enumerate(seen):
+        y = labels == 1  # difficult objects are negatives
+        if number < 2:  # stage 1
+            cells = zip(logits.detach().double().sigmoid().flatten().tolist(), y.flatten().tolist(), strict=True)
+            asl = -sum(math.log(p) if present else p**2 * math.log(1 - p) for p, present in cells) / len(y)
+            assert terms["L_ASL"] == terms["loss"] == pytest.approx(asl, rel=1e-5)
+        else:
+            assert terms["L_BCE"] == pytest.approx(plain_bce(logits, y), rel=1e-5)
+            total = 1000 * terms["L_BCE"] + 16 * terms["L_SSCL"] + 50 * terms["L_PSCL"]
+            assert terms["loss"] == pytest.approx(total, rel=1e-6)
+        assert y.any()
+    assert len(seen) == 4
 
 
 def test_each_stage_has_its_own_augmentation(sadcl_run, monkeypatch):

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import plain_bce
 from PIL import Image
 from torch import nn
 from torch.nn import functional as nnf
@@ -349,6 +350,18 @@ def network(classes=7, head="car", **options):
     return srdl.SRDL(common.Backbone("resnet18", last_stride=1), nodes_of(classes), head, **options)
 
 
+def test_the_network_equals_the_naive_graph_on_its_feature_map():
+    model, images = network(alpha=0.4).train(), torch.randn(2, 3, 64, 96)
+    model.backbone.eval()
+    with torch.no_grad():
+        ours = model(images)
+        f = model.backbone(images)[2].double()  # Eq. 1: (B, D, H, W)
+        naive = naive_car(model.head.double(), f, top_k=3, alpha=0.4)
+    assert f.shape[2:] == (4, 6) and not torch.allclose(*naive, atol=1e-3)
+    for a, b in zip(ours, naive, strict=True):
+        assert torch.allclose(a.double(), b, atol=1e-5)
+
+
 def test_inference_ignores_erasing():
     images = torch.randn(2, 3, 64, 64)
     with_erasing, without = network(), network(top_k=0)
@@ -453,6 +466,18 @@ def test_table_row(row, run, rows):
         assert record.get("L_era") != ours["L_era"]
     if row == "head gap":
         assert all(torch.equal(rows["baseline"][1][n], t) for n, t in state["model"].items())
+
+
+def test_eqs_11_to_13_equal_plain_sums(run, steps):
+    seen = steps(srdl.SRDL)
+    run("--limit", "4", "--image-size", "32")
+    for (logits, erased), labels, terms in seen:
+        y = labels == 1  # difficult objects are negatives
+        assert terms["L_ori"] == pytest.approx(plain_bce(logits, y), rel=1e-5)
+        assert terms["L_era"] == pytest.approx(plain_bce(erased, y), rel=1e-5)
+        assert terms["loss"] == pytest.approx(terms["L_ori"] + terms["L_era"], rel=1e-6)
+        assert terms["L_ori"] != terms["L_era"] and y.any()
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("switch", ["gcn", "channel_attention", "spatial_attention"])
