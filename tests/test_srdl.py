@@ -362,6 +362,19 @@ def test_the_network_equals_the_naive_graph_on_its_feature_map():
         assert torch.allclose(a.double(), b, atol=1e-5)
 
 
+def test_look_shows_the_spatial_attention_and_the_rectangles_of_all_classes():
+    model, images = network(alpha=0.4).eval(), torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        p, maps, gone = model.look(images)
+        f, head = model.backbone(images)[2], model.head
+        assert torch.allclose(p, model(images).sigmoid(), atol=1e-6) and maps.shape == gone.shape == (2, 7, 4, 6)
+        for b, c in np.ndindex(2, 7):
+            joint = torch.tanh(head.f_sa(f[b].permute(1, 2, 0)) * head.f_w(head.graph(head.nodes)[c]))
+            assert torch.allclose(maps[b, c], head.f_s(joint)[..., 0].sigmoid(), atol=1e-5)
+            rows, columns = (naive_runs(maps[b, c].amax(axis).tolist(), 0.4) for axis in (1, 0))
+            assert gone[b, c].nonzero().tolist() == [[y, x] for y in rows for x in columns]
+
+
 def test_inference_ignores_erasing():
     images = torch.randn(2, 3, 64, 64)
     with_erasing, without = network(), network(top_k=0)
