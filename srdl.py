@@ -113,8 +113,8 @@ class ClassGraph(nn.Module):
 # sums over D and maxima over P are kept of it, so it is computed for a few classes at a time and never stored.
 
 
-# Whether --export is at work, which leaves the batch's size open (torch 2.6 has no name for it).
-exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+# Whether --export is at work, which leaves the batch's size open. (torch 2.6 has no such function, and no --export.)
+exporting = getattr(torch.compiler, "is_exporting", bool)
 
 
 def class_chunks(f, *tensors):

@@ -186,6 +186,10 @@ def test_a_checkpoint_of_another_method_or_two_devices_are_refused(trained, caps
 # --export
 
 
+old_torch = pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9), reason="torch is too old")
+
+
+@old_torch
 @pytest.mark.parametrize("kind", ["pt2", "onnx"])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_exported_network_gives_the_same_logits(name, kind, trained, tmp_path, capsys):
@@ -218,7 +222,11 @@ def test_an_exported_network_gives_the_same_logits(name, kind, trained, tmp_path
     assert about["classes"] == state["classes"] and about["mean"] == list(data.MEAN)
 
 
-def test_export_to_onnx_says_what_it_needs(trained, tmp_path, monkeypatch):
+def test_export_says_what_it_needs(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "EXPORT_TORCH", (99, 1))
+    with pytest.raises(data.UserError, match=r"needs torch 99.1 or newer; this is \d"):
+        use("srdl", "--export", str(tmp_path / "a.pt2"), "--checkpoint", str(trained("srdl")))
+    monkeypatch.setattr(common, "EXPORT_TORCH", (2, 6))
     monkeypatch.setitem(common.EXPORTS, ".onnx", ("no_such_package",))
     with pytest.raises(data.UserError, match="needs no_such_package: pip install onnx onnxscript"):
         use("srdl", "--export", str(tmp_path / "a.onnx"), "--checkpoint", str(trained("srdl")))
@@ -312,6 +320,7 @@ def test_the_readmes_pieces_run_on_plain_tensors():
             assert any(list(v.shape) == [int(n) for n in shape.split(",") if n.strip()] for v in tensors), shape
 
 
+@old_torch
 def test_a_new_users_path(toy, tmp_path, capsys):
     """The README's commands of "Using a trained network" one after the other, small, as typed."""
     text = Path("README.md").read_text(encoding="utf-8")
