@@ -76,6 +76,17 @@ def test_predict_gives_what_the_test_gave(name, trained, toy, tmp_path, capsys):
     assert all(Image.open(p).width == 1000 for p in pictures)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_predict_on_a_gpu_gives_what_a_cpu_gives(name, trained, tmp_path):
+    Image.new("RGB", (90, 40), "blue").save(tmp_path / "a.png")
+    found = []
+    for device in ("cpu", "0"):
+        flags = ["--checkpoint", str(trained(name)), "--gpus", device, "--out", str(tmp_path / device)]
+        found += use(name, "--predict", str(tmp_path / "a.png"), *flags).values()
+    assert torch.allclose(*found, atol=1e-2)
+
+
 def test_predict_needs_nothing_but_the_checkpoint(tmp_path, monkeypatch, toy):
     """A model of the user's own classes, at its own size; afterwards table, images and run folder are gone."""
     monkeypatch.setattr(srdl, "draw_attention", lambda show, path: path.touch())
@@ -284,6 +295,14 @@ def test_cost_writes_a_table_and_json(tmp_path, capsys):
     for row in rows:
         assert min(row[k] for k in ("inference_1", "inference_2", "training_step", "peak_memory_mb")) > 0
         assert row["images_per_second"] == pytest.approx(2 / row["training_step"])
+
+
+@pytest.mark.gpu
+def test_cost_on_a_gpu(tmp_path):
+    flags = ["--backbone", "resnet18", "--sizes", "64", "--batch", "2", "--classes", "3", "--repeats", "1"]
+    metrics.main(["cost", *flags, "--device", "cuda", "--out", str(tmp_path / "cost.json")])
+    rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
+    assert len(rows) == 9 and all(row["training_step"] > 0 and row["peak_memory_mb"] > 10 for row in rows)
 
 
 def test_cost_goes_on_after_a_case_that_fails(tmp_path, capsys):
