@@ -193,6 +193,15 @@ def test_a_checkpoint_of_another_method_or_two_devices_are_refused(trained, caps
         common.apply(args, common.Env(0, 2, torch.device("cpu")), srdl.build, srdl.draw_attention)
 
 
+def test_evaluate_scores_another_split(trained, toy, tmp_path):
+    flags = ["--checkpoint", str(trained("srdl")), "--out", str(tmp_path / "out"), "--limit", "100"]
+    record = use("srdl", "--evaluate", *flags, "--test-split", "train")
+    scores, table = metrics.load_scores(tmp_path / "out" / "scores.npz"), data.load_split("toy", toy, "train")
+    assert record["images"] == len(table) == 40 and set(scores["images"]) == set(table.names)
+    labels = metrics.apply_difficult(scores["labels"], "negative")
+    assert record["map_points"] == metrics.summary(scores["scores"], labels)["map_points"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # --export
 
