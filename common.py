@@ -21,6 +21,7 @@ import contextlib
 import copy
 import csv
 import datetime
+import errno
 import fcntl
 import functools
 import importlib.util
@@ -28,6 +29,7 @@ import io
 import json
 import logging
 import math
+import multiprocessing.util
 import os
 import resource
 import shlex
@@ -38,6 +40,7 @@ import tempfile
 import textwrap
 import time
 import warnings
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,6 +248,9 @@ class Env:
         return self.rank == 0
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 def launch(main, args):
     """Run main(args) in one process per entry of --gpus (or in torchrun's), and end with a readable message."""
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it reports what we explain below
@@ -262,7 +268,8 @@ def launch(main, args):
     except UserError as error:  # raised in a loader's process it carries that traceback in front
         if int(os.environ.get("RANK", 0)):
             time.sleep(2)  # the first process says the same; let it be heard alone
-        print(f"{args.method}.py: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
+        hint = go_on(args) if getattr(error.__context__, "errno", None) in DISK_FULL else ""
+        print(f"{args.method}.py: {str(error).rsplit('UserError: ', 1)[-1].strip()}{hint}", file=sys.stderr)
         sys.exit(2)
     except torch.multiprocessing.ProcessExitedException as error:
         sys.exit(error.exit_code or 1)  # that process has said why
@@ -273,11 +280,28 @@ def launch(main, args):
             f"({peak:.1f} GiB used). Try --accumulate 2 (the same step but for BatchNorm's statistics), --amp bf16, "
             "more --gpus, or a smaller size."
         )
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        words = str(error).split(". ")[0]
+        sys.exit(
+            f"{args.method}.py: {words}. Perhaps memory or /dev/shm was full: fewer --workers need less, -j 0 none"
+            + go_on(args, " -j 0")
+        )
+    except OSError as error:  # of the log or a picture; write_atomically names its file itself
+        if error.errno not in DISK_FULL:
+            raise
+        sys.exit(f"{args.method}.py: {error.filename or args.out}: {error.strerror}{go_on(args)}")
     except KeyboardInterrupt:
         if spawned or int(os.environ.get("RANK", 0)):
             sys.exit(130)  # the parent or the first process says it
-        there = Path(args.out, "last.pt").is_file()
-        sys.exit("\nstopped" + (f"; continue with: python {args.method}.py --resume {args.out}" if there else ""))
+        sys.exit(f"\nstopped{go_on(args)}")
+
+
+def go_on(args, flags=""):
+    """How to continue a run that was stopped, if it has a checkpoint."""
+    there = Path(args.out, "last.pt").is_file() and not args.checkpoint
+    return f"; continue with: python {args.method}.py --resume {args.out}{flags}" if there else ""
 
 
 def worker(rank, main, args, world, meet):
@@ -434,15 +458,29 @@ def load_pretrained(net, name, weights):
 
 
 def load_checkpoint(path):
-    """A checkpoint of any of the four scripts as a dict of plain types and tensors on the CPU."""
-    if not Path(path).is_file():
+    """A checkpoint of any of the four scripts as a dict of plain types and tensors on the CPU. UserError for one that
+    is damaged; it names another of the same run that is not."""
+    path = Path(path)
+    if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {"method": state["method"], "config": state["config"]} | state
+        return read_checkpoint(path)
     except Exception as error:  # OSError, RuntimeError, EOFError, KeyError and the unpickler's own
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{path}: not a checkpoint of these scripts ({type(error).__name__}: {reason})") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        message = f"{path}: damaged, or not a checkpoint of these scripts ({reason})"
+    for other in (path.with_name("best.pt"), path.with_name("last.pt")):
+        with contextlib.suppress(Exception):
+            message += f". {other} of epoch {read_checkpoint(other)['epoch']} is whole: give that file instead"
+            break
+    raise UserError(message)
+
+
+def read_checkpoint(path):
+    with zipfile.ZipFile(path) as file:
+        if file.testzip():  # torch does not look at the check sums
+            raise ValueError("wrong check sum")
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return {"method": state["method"], "config": state["config"]} | state
 
 
 def weights_of(state):
@@ -554,18 +592,21 @@ class Run:
 
     def open_folder(self, train, test):
         """Create the folder, or refuse one that is in use; say what this run is."""
-        args, log = self.args, self.out / "log.jsonl"
+        args, log, last = self.args, self.out / "log.jsonl", self.out / "last.pt"
         self.config = {k: v for k, v in vars(args).items() if k != "given"}
         self.sizes = {"train": len(train) if train is not None else 0, "test": len(test)}
         if self.env.first:
-            used = (log.exists() and log.stat().st_size) or (self.out / "last.pt").exists()
+            used = last.exists() or (log.exists() and '"epoch": ' in log.read_text(encoding="utf-8"))
             if used and not args.resume:
-                raise UserError(f"--out {self.out} holds a run already; choose another folder, or --resume {self.out}")
+                hint = f", or --resume {self.out}" if last.exists() else ""
+                raise UserError(f"--out {self.out} holds a run already; choose another folder{hint}")
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"--out {self.out}: cannot be made ({error.strerror}); choose another") from None
             self.open_log()
+            if not args.resume:
+                self.log_file.truncate(0)  # of a start that was killed before its first checkpoint
             with write_atomically(self.out / "config.json", "w") as file:
                 json.dump(self.config, file, indent=1)
         self.say(f"{args.command}\nrun folder: {self.out}")
@@ -592,6 +633,8 @@ class Run:
             fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--out {self.out}: another process is writing there") from None
+        # A loader's process may outlive this one for seconds, and would hold the log as long.
+        multiprocessing.util.register_after_fork(self.log_file, lambda file: file.close())
 
     def write_header(self):
         """The log's first record: all that is needed to run this again."""
@@ -784,15 +827,19 @@ class Run:
         self.bar.set_postfix_str(f"loss {means['loss']:.4f}", refresh=False)
         if not all(map(math.isfinite, means.values())):
             terms = ", ".join(f"{k} {v:.4g}" for k, v in means.items())
-            raise UserError(
-                f"the loss is not finite in step {self.step + 1} (means of this epoch: {terms}). {self.out}/last.pt "
-                "holds the last good epoch. Try a lower --lr or --amp off."
-            )
+            raise self.not_finite(f"the loss is not finite in step {self.step + 1} (means of this epoch: {terms})")
+
+    def not_finite(self, what):
+        last = self.out / "last.pt"
+        kept = f" {last} holds the last good epoch." if last.exists() else ""
+        return UserError(f"{what}.{kept} Try a lower --lr or --amp off.")
 
     def finish_epoch(self, epoch):
         """Test when due, write log, scores and checkpoints. Returns the epoch's record."""
         self.check_finite()
         seconds = time.perf_counter() - self.began
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise self.not_finite(f"the weights are not finite after step {self.step}")
         names = sorted(self.sums)
         means = torch.stack([torch.as_tensor(self.sums[k]) for k in names]) / self.parts
         if self.env.world > 1:
@@ -819,9 +866,9 @@ class Run:
         self.epoch = epoch + 1
         if self.env.first:
             self.write(record)
-            self.save()
             if better:
-                self.keep("best.pt")
+                self.save("best.pt")  # before last.pt, which says that this is done
+            self.save()
         return record
 
     def keep(self, name):
@@ -836,8 +883,8 @@ class Run:
                 for buffer in model.buffers():
                     dist.broadcast(buffer, 0)
 
-    def save(self):
-        """Write last.pt: a temporary file, then a rename."""
+    def save(self, name="last.pt"):
+        """Write a checkpoint: a temporary file, then a rename."""
         state = {
             "method": self.args.method,
             "config": self.config,
@@ -855,8 +902,11 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "extra": self.extra,
         }
-        with write_atomically(self.out / "last.pt") as file:
-            torch.save(state, file)
+        with write_atomically(self.out / name) as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # about the half archive; its context says why: a full disk, ctrl-C
+                raise (error.__context__ or error) from None
 
     # -- testing
 
@@ -880,6 +930,8 @@ class Run:
         """Metrics in percent of `model` on the test split; the reported model's scores are written to the folder."""
         table = self.test_loader.images.table
         scores = metrics.predict(model or self.reported, self.test_loader, self.env.device, self.autocast())
+        if not np.isfinite(scores).all():
+            raise self.not_finite("the test scores are not finite")
         unlabelled = (table.labels == -1).all()  # VOC2012's test split: every number is left blank
         labels = metrics.apply_difficult(table.labels, "ignore" if unlabelled else self.args.difficult_test)
         if model is None and self.env.first:

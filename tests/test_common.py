@@ -1,6 +1,12 @@
 """common.py: command line, backbones, processes, precision, checkpoints, the run folder and its accidents."""
 
+import contextlib
+import errno
+import gc
+import io
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -255,11 +261,12 @@ def states_equal(a, b):
 
 
 def same_run(a, b):
-    """Two run folders hold the same state, scores and log, up to times and names."""
-    one, two = (common.load_checkpoint(folder / "last.pt") for folder in (a, b))
-    for state in (one, two):
-        state["config"] = {k: v for k, v in state["config"].items() if k not in common.PER_CALL}
-    assert all(states_equal(one[k], two[k]) for k in one), [k for k in one if not states_equal(one[k], two[k])]
+    """Two run folders hold the same states, scores and log, up to times and names."""
+    for name in ("last.pt", "best.pt"):
+        one, two = (common.load_checkpoint(folder / name) for folder in (a, b))
+        for state in (one, two):
+            state["config"] = {k: v for k, v in state["config"].items() if k not in common.PER_CALL}
+        assert all(states_equal(one[k], two[k]) for k in one), [k for k in one if not states_equal(one[k], two[k])]
     logs = [[json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()] for f in (a, b)]
     timing = ("seconds", "images_per_second", "peak_memory_mb", "test_seconds")
     epochs = [[{k: v for k, v in r.items() if k not in timing} for r in log if "epoch" in r] for log in logs]
@@ -486,6 +493,191 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_terms(run, tmp_path):
     assert "L_ori nan" in str(stop.value)
     state = common.load_checkpoint(tmp_path / "run" / "last.pt")
     assert all(t.isfinite().all() for t in state["model"].values())
+
+
+def test_weights_that_the_last_step_of_an_epoch_destroyed_are_not_kept(run, toy, tmp_path):
+    one_step, kept = ["--limit", "4", "--epochs", "2"], ".*last.pt holds the last good epoch"
+    with pytest.raises(UserError, match=f"test scores are not finite.{kept}"):
+        run(*one_step, "--lr", "1e30")
+    with pytest.raises(UserError, match=f"weights are not finite after step 1.{kept}"):
+        train_tiny(toy, tmp_path / "untested", *one_step, "--eval-every", "2", rate=float("nan"))
+    for folder in (tmp_path / "run", tmp_path / "untested"):
+        assert common.load_checkpoint(folder / "last.pt")["epoch"] == 0
+        assert not (folder / "scores.npz").exists()
+
+
+def test_a_stop_in_any_write_loses_nothing(toy, tmp_path, monkeypatch):
+    flags, real, real_write, left = ["--epochs", "2", "--resume", "auto"], data.write_atomically, common.Run.write, 0
+    train_tiny(toy, tmp_path / "straight", *flags)
+
+    def due():
+        nonlocal left
+        left -= 1
+        return left == 0
+
+    @contextlib.contextmanager
+    def write_atomically(path, mode="wb"):
+        with real(path, mode) as file:
+            yield file
+            if due():
+                raise KeyboardInterrupt
+
+    def write(self, record):
+        if due():
+            self.log_file.write(json.dumps(metrics.plain(record))[:40])
+            raise KeyboardInterrupt
+        real_write(self, record)
+
+    for module in (common, metrics):
+        monkeypatch.setattr(module, "write_atomically", write_atomically)
+    monkeypatch.setattr(common.Run, "write", write)
+    for stop in itertools.count(1):
+        left, out = stop, tmp_path / str(stop)
+        with contextlib.suppress(KeyboardInterrupt):
+            train_tiny(toy, out, *flags)
+            break
+        train_tiny(toy, out, *flags)
+        same_run(tmp_path / "straight", out)
+    assert stop == 3 + 2 * 4 + 1 + 1  # config, header, last.pt; scores, table, record, last.pt an epoch; best.pt; none
+
+
+def test_a_full_disk_is_named_and_loses_nothing(toy, tmp_path, monkeypatch):
+    flags = ["--epochs", "2", "--resume", "auto"]
+    train_tiny(toy, tmp_path / "straight", *flags)
+    for name in ("config.json", "log.jsonl", "scores.npz", "per_class.csv", "best.pt", "last.pt"):
+        out = tmp_path / name.replace(".", "_")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_in_epoch(patch, 0, KeyboardInterrupt)
+            train_tiny(toy, out, *flags)
+        (out / f"{name}.tmp").symlink_to("/dev/full")
+        with pytest.raises(UserError, match=f"{name}: cannot be written .No space left on device"):
+            train_tiny(toy, out, *flags)
+        gc.collect()  # the error holds the run, and that its log
+        assert common.load_checkpoint(out / "last.pt")["epoch"] == 0
+        train_tiny(toy, out, *flags)
+        same_run(tmp_path / "straight", out)
+
+
+def stops(error, args):
+    """What common.launch says of an error."""
+
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        common.launch(main, args)
+    return stop.value.code
+
+
+def test_a_stop_names_the_way_on(toy, tmp_path, capsys):
+    args = srdl.parse(["--root", toy, "--out", str(tmp_path / "run")])
+    assert stops(KeyboardInterrupt(), args) == "\nstopped"
+    train_tiny(toy, tmp_path / "run")
+    way = f"; continue with: python srdl.py --resume {tmp_path}/run"
+    assert stops(KeyboardInterrupt(), args) == f"\nstopped{way}"
+    full = OSError(errno.ENOSPC, "No space left on device")  # while a line of the log or a picture is written
+    assert stops(full, args) == f"srdl.py: {tmp_path}/run: No space left on device{way}"
+    (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError) as stop, data.write_atomically(tmp_path / "last.pt") as file:
+        file.write(b"x")
+    assert stops(stop.value, args) == 2
+    assert f"last.pt: cannot be written (No space left on device){way}\n" in capsys.readouterr().err
+    assert stops(UserError("no image"), args) == 2 and way not in capsys.readouterr().err
+    for error in (OSError(errno.EIO, ""), RuntimeError("Caught RuntimeError in DataLoader worker process 0.")):
+        with pytest.raises(type(error)):  # nothing that is known: the traceback is of use
+            stops(error, args)
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"), [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(errno.ENOSPC, "full"), UserError)]
+)
+def test_what_breaks_off_a_checkpoint_is_not_hidden_by_torch(toy, tmp_path, monkeypatch, error, seen):
+    run, _ = train_tiny(toy, tmp_path / "run")
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+
+    class Stopped(io.BytesIO):
+        def write(self, content):
+            if self.tell() > 2000:
+                raise error
+            return super().write(content)
+
+    @contextlib.contextmanager
+    def write_atomically(path):
+        with data.write_atomically(path):
+            yield Stopped()
+
+    monkeypatch.setattr(common, "write_atomically", write_atomically)
+    with pytest.raises(seen):
+        run.save()
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("how", ["killed", "ended"])
+def test_a_loader_that_dies_is_named_with_the_way_on(toy, tmp_path, monkeypatch, how):
+    flags = ["--root", toy, *SMALL, "--epochs", "2", "--out", str(tmp_path / "run"), "-j", "1"]
+    here, real = os.getpid(), data.read_image
+
+    def read_image(path):
+        if os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL) if how == "killed" else os._exit(1)
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "read_image", read_image)
+        with pytest.raises(SystemExit, match=r"^srdl.py: DataLoader worker \(pid.*continue with: .* -j 0$") as stop:
+            common.launch(srdl.main, srdl.parse(flags))
+    command = stop.value.code.split("continue with: python srdl.py ")[1]
+    assert srdl.parse(command.split()).workers == 0
+    assert common.load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 0
+
+
+def test_a_loader_that_outlives_its_run_leaves_the_folder_free(toy, tmp_path):
+    run, _ = train_tiny(toy, tmp_path / "run")
+    fork = multiprocessing.get_context("fork")
+    begun = fork.Event()
+    process = fork.Process(target=lambda: (begun.set(), time.sleep(60)))
+    process.start()
+    try:
+        assert begun.wait(60)
+        run.log_file.close()  # as when this process is killed
+        train_tiny(toy, tmp_path / "run", "--resume", str(tmp_path / "run"))
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeros", "bit"])
+def test_a_damaged_checkpoint_is_named_and_best_goes_on(toy, tmp_path, capsys, damage):
+    train_tiny(toy, tmp_path / "straight", "--epochs", "3", "--eval-every", "2")
+    out, last = tmp_path / "run", tmp_path / "run" / "last.pt"
+    shutil.copytree(tmp_path / "straight", out)
+    state, content = common.load_checkpoint(last), bytearray(last.read_bytes())
+    at = content.index(state["model"]["body.weight"].numpy().tobytes())
+    if damage == "cut":
+        del content[at:]
+    elif damage == "zeros":
+        content[at : at + 60] = bytes(60)
+    else:
+        content[at + 7] ^= 1
+    del state
+    last.unlink()  # the tensors are mapped from the old file
+    last.write_bytes(content)
+    epoch = common.load_checkpoint(out / "best.pt")["epoch"]
+    for flags in (["--resume", str(out)], ["--evaluate", "--checkpoint", str(out)]):
+        with pytest.raises(SystemExit) as stop:
+            srdl.parse(flags)
+        text = capsys.readouterr().err
+        assert stop.value.code == 2 and f"{last}: damaged" in text
+        assert f"{out}/best.pt of epoch {epoch} is whole: give that file instead" in text
+    with pytest.raises(UserError, match="best.pt of epoch"):
+        train_tiny(toy, tmp_path / "new", "--init-from", str(out))
+    train_tiny(toy, out, "--epochs", "3", "--eval-every", "2", "--resume", str(out / "best.pt"))
+    same_run(tmp_path / "straight", out)
+    (out / "best.pt").unlink()
+    last.write_bytes(b"")
+    with pytest.raises(UserError) as error:
+        common.load_checkpoint(last)
+    assert "damaged" in str(error.value) and "best.pt" not in str(error.value)
 
 
 def test_a_write_that_fails_keeps_the_old_file(tmp_path):
