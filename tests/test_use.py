@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -287,23 +288,40 @@ def test_cost_times_the_step_that_main_takes(row, toy, tmp_path, monkeypatch):
     torch.manual_seed(5)
     value = loss(seen["images"], data.targets(seen["labels"], args.difficult_train))
     after()
-    assert float(value) == pytest.approx(seen["loss"], rel=1e-5)
+    assert value.item() == pytest.approx(seen["loss"], rel=1e-5)
 
 
-def test_cost_writes_a_table_and_json(tmp_path, capsys):
-    out = tmp_path / "cost.json"
-    flags = ["--methods", "oass", "--backbone", "resnet18", "--sizes", "64", "--batch", "2", "--classes", "3"]
-    metrics.main(["cost", *flags, "--repeats", "1", "--device", "cpu", "--out", str(out)])
-    lines = capsys.readouterr().out.splitlines()
-    plain, ours = (next(line.split() for line in lines if line.startswith(name)) for name in ("oass --b", "oass  "))
-    rows = json.loads(out.read_text())["rows"]
-    assert [row["row"] for row in rows] == ["oass --baseline", "oass"]
+def measured(script, flags, size):
+    """eval.measure in this process: a dict of numbers."""
+    rows, options = [], {"device": "cpu", "backbone": "resnet18", "classes": 3, "batch": 2, "amp": "off", "repeats": 1}
+    metrics.measure(script, flags, options | {"size": size}, SimpleNamespace(put=rows.append))
+    return rows[0]
+
+
+def test_cost_measures_each_method_beside_its_baseline():
     backbone = sum(p.numel() for p in common.Backbone("resnet18").parameters())
-    assert rows[0]["parameters"] == backbone + 3 * 512 == rows[1]["parameters"]
-    assert plain[3] == ours[2] == f"{(backbone + 3 * 512) / 1e6:.2f}" and rows[0]["macs"] == rows[1]["macs"] > 1e8
-    for row in rows:
+    plain, ours = measured("oass", ["--baseline"], 64), measured("oass", [], 64)
+    assert plain["parameters"] == ours["parameters"] == backbone + 3 * 512 and plain["macs"] == ours["macs"] > 1e8
+    for row in (plain, ours):
         assert min(row[k] for k in ("inference_1", "inference_2", "training_step", "peak_memory_mb")) > 0
         assert row["images_per_second"] == pytest.approx(2 / row["training_step"])
+    with_regions, without = measured("energy_roi", [], 64), measured("energy_roi", ["--baseline"], 64)
+    assert with_regions["macs"] > without["macs"] and with_regions["parameters"] > without["parameters"] + 8e6
+    rows = [{"row": "energy_roi --baseline", "size": 64} | without, {"row": "energy_roi", "size": 64} | with_regions]
+    lines = metrics.cost_table(rows, 2).splitlines()
+    cells = dict(zip(re.split(r"\s{2,}", lines[0].strip()), re.split(r"\s{2,}", lines[2])[1:], strict=True))
+    assert cells["M param."] == f"{with_regions['parameters'] / 1e6:.2f}"
+    assert lines[2].split()[3] == f"{with_regions['parameters'] / without['parameters']:.2f}"
+
+
+def test_cost_writes_a_table_and_goes_on_after_a_case_that_fails(tmp_path, capsys):
+    out = tmp_path / "cost.json"
+    flags = ["--methods", "oass", "--backbone", "resnet18", "--sizes", "48", "--batch", "2", "--classes", "3"]
+    metrics.main(["cost", *flags, "--repeats", "1", "--device", "cpu", "--out", str(out)])  # 48: no multiple of 32
+    plain, ours = json.loads(out.read_text())["rows"]
+    assert plain["row"] == "oass --baseline" and plain["training_step"] > 0 and "SystemExit" in ours["error"]
+    said = capsys.readouterr()
+    assert "oass, 48 px: SystemExit" in said.err and f"{plain['parameters'] / 1e6:.2f}" in said.out
 
 
 @pytest.mark.gpu
@@ -312,15 +330,6 @@ def test_cost_on_a_gpu(tmp_path):
     metrics.main(["cost", *flags, "--device", "cuda", "--out", str(tmp_path / "cost.json")])
     rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
     assert len(rows) == 9 and all(row["training_step"] > 0 and row["peak_memory_mb"] > 10 for row in rows)
-
-
-def test_cost_goes_on_after_a_case_that_fails(tmp_path, capsys):
-    out = tmp_path / "cost.json"
-    flags = ["--methods", "oass", "--backbone", "resnet18", "--sizes", "48", "--batch", "2", "--classes", "3"]
-    metrics.main(["cost", *flags, "--repeats", "1", "--device", "cpu", "--out", str(out)])  # 48: no multiple of 32
-    plain, ours = json.loads(out.read_text())["rows"]
-    assert "training_step" in plain and "SystemExit" in ours["error"]
-    assert "oass, 48 px: SystemExit" in capsys.readouterr().err
 
 
 def test_cost_refuses_what_it_does_not_know(capsys):
