@@ -622,7 +622,8 @@ def main(args):
         record = record or run.test()  # resumed after the last epoch
     if env.first:
         (run.out / "figures").mkdir(exist_ok=True)
-        draw_regions(run.show(), run.out / "figures" / "regions.png")
+        if model.local:
+            draw_regions(run.show(), run.out / "figures" / "regions.png")
         if args.save_embeddings:
             save_embeddings(run, run.out / "embeddings.npz")
         if not args.evaluate:

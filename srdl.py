@@ -511,7 +511,8 @@ def main(args):
         record = record or run.test()  # resumed after the last epoch
     if env.first:
         (run.out / "figures").mkdir(exist_ok=True)
-        draw_attention(run.show(), run.out / "figures" / "attention.png")
+        if not args.no_spatial_attention:
+            draw_attention(run.show(), run.out / "figures" / "attention.png")
         if not args.evaluate:
             common.draw_curves(run.out / "log.jsonl", run.out / "figures" / "curves.png")
     run.report(record)
