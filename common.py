@@ -109,7 +109,7 @@ def arguments(description):
     add = parser.add_argument_group("run").add_argument
     add("--gpus", metavar="0,1", help="GPUs, one process each; 'cpu' or 'cpu,cpu' works too (default: the first GPU)")
     add("--sync-bn", action="store_true", help="BatchNorm over all GPUs")
-    add("--out", metavar="DIR", help="run folder (default: runs/<method>/<data>/<time>)")
+    add("--out", metavar="DIR", help="run folder (default: runs/<method>/<data>/<time>; --predict: .../predict/<time>)")
     add("--resume", nargs="?", const="auto", metavar="RUN", help="continue a run (folder or last.pt; auto: newest)")
     add("--init-from", metavar="RUN", help="start from another run's weights; class rows are matched by name")
     add("--checkpoint", metavar="FILE", help="for the three below: last.pt or best.pt, or the run folder")

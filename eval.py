@@ -477,6 +477,8 @@ def cost(args):
     unknown = [name for name in wanted if name not in {script for script, _ in COSTS.values()}]
     if unknown:
         raise UserError(f"--methods {unknown[0]}: expected some of srdl,sadcl,energy_roi,oass")
+    if not all(size.isdigit() and int(size) for size in args.sizes.split(",")) or min(args.batch, args.classes) < 1:
+        raise UserError("--sizes, --batch and --classes: expected whole numbers from 1 on, sizes with commas between")
     out, device = Path(args.out), args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no GPU that torch can use; take --device cpu")

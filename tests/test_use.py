@@ -336,7 +336,8 @@ def test_cost_on_a_gpu(tmp_path):
 
 
 def test_cost_refuses_what_it_does_not_know(capsys):
-    for flags, words in (("--methods srdl,vgg", "vgg: expected some of"), ("--device cuda", "no GPU")):
+    wrong = [("--methods srdl,vgg", "vgg: expected some of"), ("--sizes 64,big", "expected whole numbers")]
+    for flags, words in (*wrong, ("--batch 0", "expected whole numbers"), ("--device cuda", "no GPU")):
         if "cuda" in flags and torch.cuda.is_available():
             continue
         with pytest.raises(SystemExit, match=words):
