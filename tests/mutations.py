@@ -1,6 +1,6 @@
 """Run by hand: break lines of mathematics one by one, in a copy, and see which test notices first.
 
-python tests/mutations.py                    all, about half an hour on two cores
+python tests/mutations.py                    all, a quarter of an hour
 python tests/mutations.py oass sadcl         those of some files
 """
 
