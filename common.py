@@ -34,6 +34,7 @@ import os
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -455,6 +456,18 @@ def load_pretrained(net, name, weights):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Ctrl-C waits until this is done: broken off at a wrong moment, torch's writer aborts the process."""
+    pressed, before = [], signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def load_checkpoint(path):
@@ -902,7 +915,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "extra": self.extra,
         }
-        with write_atomically(self.out / name) as file:
+        with uninterrupted(), write_atomically(self.out / name) as file:
             try:
                 torch.save(state, file)
             except RuntimeError as error:  # about the half archive; its context says why: a full disk, ctrl-C

@@ -506,6 +506,14 @@ def test_weights_that_the_last_step_of_an_epoch_destroyed_are_not_kept(run, toy,
         assert not (folder / "scores.npz").exists()
 
 
+def test_ctrl_c_waits_for_what_must_not_be_broken_off():
+    done = []
+    with pytest.raises(KeyboardInterrupt), common.uninterrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("written")
+    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_stop_in_any_write_loses_nothing(toy, tmp_path, monkeypatch):
     flags, real, real_write, left = ["--epochs", "2", "--resume", "auto"], data.write_atomically, common.Run.write, 0
     train_tiny(toy, tmp_path / "straight", *flags)
