@@ -1280,22 +1280,22 @@ def draw_curves(log, path):
     picture.save(path)
 
 
-def draw_chart(picture, box, records, names, title):
-    """Lines of the named values over the epoch inside box (left, top, right, bottom)."""
+def draw_chart(picture, box, records, names, title, key="epoch"):
+    """Lines of the named values (at most five) over the records' key inside box (left, top, right, bottom)."""
     left, top, right, bottom = box
     draw, colours = ImageDraw.Draw(picture), ("black", (200, 60, 40), (40, 90, 200), (30, 140, 60), (170, 90, 190))
-    points = {n: [(r["epoch"], r[n]) for r in records if r.get(n) is not None] for n in names}
+    points = {n: [(r[key], r[n]) for r in records if r.get(n) is not None] for n in names}
     points = {n: p for n, p in points.items() if p}
     values = [v for p in points.values() for _, v in p] or [0.0]
     low, high = min(values), max(values)
     low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
-    first, last = (f(r["epoch"] for r in records) for f in (min, max))
+    first, last = (f(r[key] for r in records) for f in (min, max))
     draw.rectangle(box, outline="grey")
     for i in range(5):
         y = bottom - i * (bottom - top) / 4
         draw.line((left, y, right, y), fill=(225, 225, 225))
         write_text(picture, (left - 58, y - 9), f"{low + i * (high - low) / 4:.3g}", 14)
-    write_text(picture, (left, bottom + 8), f"{title} by epoch, {first} to {last}", 14)
+    write_text(picture, (left, bottom + 8), f"{title} by {key}, {first} to {last}", 14)
     for k, (name, line) in enumerate(points.items()):
         xy = [
             (

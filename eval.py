@@ -406,8 +406,22 @@ def training_loss(script, args, model, device):
     return {"srdl": srdl, "sadcl": sadcl, "energy_roi": energy_roi, "oass": oass}[script], after
 
 
+def measure_alone(script, flags, options):
+    """`measure` in a process of its own, so that the peak memory is its own; a dict with "error" if that fails."""
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    process = context.Process(target=measure, args=(script, flags, options, queue))
+    process.start()
+    process.join()  # the dict is small: putting it does not wait for us
+    if queue.empty():
+        why = "; out of memory?" if process.exitcode == -9 else ""
+        return {"error": f"its process ended with code {process.exitcode}{why}"}
+    return queue.get()
+
+
 def measure(script, flags, options, queue):
-    """One case in a process of its own, so that the peak memory is its own: put a dict of numbers into the queue."""
+    """Put the numbers of one case into the queue, a dict: parameters, macs, inference_1 and inference_<batch> and
+    training_step in seconds, images_per_second, peak_memory_mb; or error."""
     import common
 
     try:
@@ -487,17 +501,13 @@ def cost(args):
     options |= {"repeats": args.repeats or (20 if device == "cuda" else 3)}
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}; {' '.join(f'{k}={v}' for k, v in options.items())}", flush=True)
-    context, rows = torch.multiprocessing.get_context("spawn"), []
+    rows = []
     for size in map(int, args.sizes.split(",")):
         for script in dict.fromkeys(script for script, _ in COSTS.values() if script in wanted):
             names = [name for name, (owner, _) in COSTS.items() if owner == script]
             flags = {f"{script} --baseline": ["--baseline"]} | {name: COSTS[name][1] for name in names}
             for name, flag in flags.items():
-                queue = context.SimpleQueue()
-                process = context.Process(target=measure, args=(script, flag, options | {"size": size}, queue))
-                process.start()
-                row = queue.get()
-                process.join()
+                row = measure_alone(script, flag, options | {"size": size})
                 rows.append({"row": name, "size": size} | row)
                 print(f"{name}, {size} px: {row.get('error', 'measured')}", file=sys.stderr, flush=True)
     print(cost_table(rows, args.batch))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -325,6 +326,15 @@ def test_cost_writes_a_table_and_goes_on_after_a_case_that_fails(tmp_path, capsy
     assert plain["row"] == "oass --baseline" and plain["training_step"] > 0 and "SystemExit" in ours["error"]
     said = capsys.readouterr()
     assert "oass, 48 px: SystemExit" in said.err and f"{plain['parameters'] / 1e6:.2f}" in said.out
+
+
+def dies(script, flags, options, queue):
+    os._exit(7)
+
+
+def test_cost_notices_a_process_that_dies_without_a_word(monkeypatch):
+    monkeypatch.setattr(metrics, "measure", dies)
+    assert metrics.measure_alone("srdl", [], {}) == {"error": "its process ended with code 7"}
 
 
 @pytest.mark.gpu
