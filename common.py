@@ -843,9 +843,11 @@ class Run:
             raise self.not_finite(f"the loss is not finite in step {self.step + 1} (means of this epoch: {terms})")
 
     def not_finite(self, what):
-        last = self.out / "last.pt"
-        kept = f" {last} holds the last good epoch." if last.exists() else ""
-        return UserError(f"{what}.{kept} Try a lower --lr or --amp off.")
+        last, advice = self.out / "last.pt", "Try a lower --lr or --amp off."
+        if last.exists():
+            advice = f"{last} holds the last good epoch. Try --resume {self.out} --amp off, or a lower --lr: a run of "
+            advice += f"its own, which --init-from {self.out} starts from these weights."
+        return UserError(f"{what}. {advice}")
 
     def finish_epoch(self, epoch):
         """Test when due, write log, scores and checkpoints. Returns the epoch's record."""
