@@ -120,13 +120,13 @@ LAMBDA_BCE, LAMBDA_S = 1000, {"clean": 16.0, "official": 100.0}  # D1
 # Transformer
 
 
-def position_encoding(h, w, d):
+def position_encoding(h, w, d, device=None):
     """2-D sine code (P, D): D/2 numbers for y, then D/2 for x. Positions 1..n are scaled to (0, 2 pi]; frequencies fall
     from 1 to 1/10000; sine and cosine alternate."""
-    rate = 10000 ** -(torch.arange(0, d // 2, 2) / (d // 2))  # (D/4,)
+    rate = 10000 ** -(torch.arange(0, d // 2, 2, device=device) / (d // 2))  # (D/4,)
 
     def axis(n):
-        angle = torch.arange(1, n + 1)[:, None] / (n + 1e-6) * 2 * math.pi * rate  # (n, D/4)
+        angle = torch.arange(1, n + 1, device=device)[:, None] / (n + 1e-6) * 2 * math.pi * rate  # (n, D/4)
         return torch.stack([angle.sin(), angle.cos()], 2).flatten(1)  # (n, D/2)
 
     y, x = axis(h)[:, None].expand(-1, w, -1), axis(w)[None].expand(h, -1, -1)  # (H, W, D/2)
@@ -350,7 +350,7 @@ class SADCL(nn.Module):
     def memory(self, images):
         """Encoded features (B, P, D), their position encoding (P, D) and the map's size (H, W)."""
         f = self.project(self.backbone(images)[2])  # (B, D, H, W)
-        position = position_encoding(*f.shape[2:], f.shape[1]).to(f.device)
+        position = position_encoding(*f.shape[2:], f.shape[1], f.device)
         x = full(f.flatten(2).transpose(1, 2))  # (B, P, D)
         for layer in self.encoder:
             x = layer(x, position, x, position)

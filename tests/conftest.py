@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import data
@@ -44,6 +45,33 @@ def run(toy, tmp_path, monkeypatch):
         return srdl.main(args), folder
 
     return train
+
+
+class StaysOnTheDevice(TorchDispatchMode):
+    """For fake CUDA tensors, which need no GPU: fails where a tensor is elsewhere, or where the program would wait for
+    the GPU (a value is looked at, a shape depends on values). With `rows` it counts those `waits` instead, and answers
+    them with 1 and that many rows."""
+
+    def __init__(self, rows=None):
+        super().__init__()
+        self.calls, self.waits, self.rows = 0, [], rows
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, by_mask = func._schema.name.removeprefix("aten::"), []
+        if name == "index":
+            by_mask = [i for i in args[1] if i is not None and i.dtype == torch.bool]
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal"):
+            assert self.rows is not None, name
+            self.waits.append(name)
+            if name == "_local_scalar_dense":
+                return 1
+            shape = args[0].shape[by_mask[0].dim() :] if by_mask else (args[0].dim(),)
+            return torch.empty(self.rows, *shape, device="cuda", dtype=args[0].dtype if by_mask else torch.long)
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            assert not isinstance(t, torch.Tensor) or t.device.type == "cuda", f"{name} gives {t.device}"
+        self.calls += 1
+        return out
 
 
 def plain_bce(logits, y):

@@ -54,8 +54,8 @@ BROKEN = {
     ],
     "sadcl": [
         (
-            "rate = 10000 ** -(torch.arange(0, d // 2, 2) / (d // 2))",
-            "rate = 10000 ** -(torch.arange(0, d // 2, 2) / d)",
+            "rate = 10000 ** -(torch.arange(0, d // 2, 2, device=device) / (d // 2))",
+            "rate = 10000 ** -(torch.arange(0, d // 2, 2, device=device) / d)",
             "position code: frequencies",
         ),
         (

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from conftest import SMALL, plain_bce
+from conftest import SMALL, StaysOnTheDevice, plain_bce
 from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as nnf
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
@@ -281,21 +280,6 @@ def test_images_do_not_see_each_other():
     for i in range(6):
         one = select_regions(z[i : i + 1], scores[i : i + 1], mean, var)
         assert all(torch.equal(a[i], b[0]) for a, b in zip(whole, one, strict=True))
-
-
-class StaysOnTheDevice(TorchDispatchMode):
-    """Fails where a value is looked at, a shape depends on values, or a tensor changes its device."""
-
-    calls = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal"), name
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, tuple | list) else (out,):
-            assert not isinstance(t, torch.Tensor) or t.device.type == "cuda", f"{name} gives {t.device}"
-        self.calls += 1
-        return out
 
 
 def test_selection_never_leaves_the_gpu():

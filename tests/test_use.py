@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, StaysOnTheDevice
 from PIL import Image
 from test_common import readme_commands
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
 import data
@@ -293,6 +294,45 @@ def test_cost_times_the_step_that_main_takes(row, toy, tmp_path, monkeypatch):
     value = loss(seen["images"], data.targets(seen["labels"], args.difficult_train))
     after()
     assert value.item() == pytest.approx(seen["loss"], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.parametrize(
+    ("row", "flags", "waits"),
+    [
+        ("srdl", "", 0),
+        ("srdl", "--head sd --no-erase", 0),
+        ("srdl", "--head sam --no-erase", 0),
+        ("sadcl stage 1", "", 0),
+        ("sadcl stage 2", "", 7),  # the labels of each of 4 images; two choices by y; SSCL's y.nonzero()
+        ("energy_roi", "", 1),  # the valid regions
+        ("energy_roi", "--tie-weak-head --rank area", 1),
+        ("oass", "", 0),
+        ("oass", "--keypoint center --csi", 0),
+        ("oass", "--keypoint ctopk-w", 1),  # the present classes
+    ],
+)
+def test_a_training_loss_on_a_fake_gpu(row, flags, waits, monkeypatch):
+    """Forward, on fake tensors: nothing is left on the CPU, and the program waits for the GPU where it is said only."""
+    script, more = metrics.COSTS[row]
+    more, shared = [*more, *flags.split()], "--data coco --weights none --backbone resnet18 --image-size 64".split()
+    args = SCRIPTS[script].parse([*shared, "--batch-size", "4", *more])
+    model = SCRIPTS[script].build(
+        args, [f"class {i}" for i in range(5)], *([int(args.stage)] if script == "sadcl" else [])
+    )
+    monkeypatch.setattr(metrics.copy, "deepcopy", lambda backbone: backbone)  # fake tensors cannot
+    with FakeTensorMode():
+        for module in model.train().modules():
+            for own in (module._parameters, module._buffers):
+                for name, t in own.items():
+                    if t is not None:
+                        moved = torch.empty(t.shape, dtype=t.dtype, device="cuda")
+                        own[name] = torch.nn.Parameter(moved, t.requires_grad) if own is module._parameters else moved
+        images, y = torch.empty(4, 3, 64, 64, device="cuda"), torch.empty(4, 5, device="cuda", dtype=torch.bool)
+        with StaysOnTheDevice(rows=4) as calls:
+            loss, _ = metrics.training_loss(script, args, model, torch.device("cuda"))
+            assert loss(images, y).shape == () and calls.calls > 100
+    assert len(calls.waits) == waits, calls.waits
 
 
 def measured(script, flags, size):
