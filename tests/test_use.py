@@ -296,6 +296,7 @@ def test_cost_times_the_step_that_main_takes(row, toy, tmp_path, monkeypatch):
     assert value.item() == pytest.approx(seen["loss"], rel=1e-5)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.15", reason="fake GPUs of older versions want a driver (2.6 aborts)")
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 @pytest.mark.parametrize(
     ("row", "flags", "waits"),
