@@ -1,6 +1,6 @@
 """Run by hand: what each method costs beside its own --baseline as classes, image size and batch grow, one at a time;
 eval.py's measure in a process for each case. Writes FILE.json (every number) and FILE.png (time of a training step and
-of inference, as multiples of the baseline's at the same setting).
+peak memory, which on a CPU is the whole process's, as multiples of the baseline's at the same setting).
 
 python tests/bench_scaling.py --out runs/scaling                                             a GPU: ResNet-101, 448 px
 python tests/bench_scaling.py --device cpu --backbone resnet18 --size 224 --batch 4 --out runs/scaling
@@ -20,7 +20,7 @@ import common
 import eval as metrics
 
 CLASSES = (20, 80, 500)
-PARTS = {"training_step": "training step", "inference": "inference of a batch"}  # rows of the picture
+PARTS = {"training_step": "training step", "peak_memory_mb": "peak memory"}  # rows of the picture
 
 
 def cases(options):
@@ -42,7 +42,6 @@ def sweep(options):
                     key = (row, *case.items())
                     if key not in done:
                         done[key] = metrics.measure_alone(script, flag, case)
-                        done[key]["inference"] = done[key].pop(f"inference_{case['batch']}", None)
                         text = done[key].get("error") or f"{done[key]['training_step']:.3f} s a step"
                         print(f"{row}, {axis} {value}: {text}", flush=True)
                     rows.append({"axis": axis, "value": value, "row": row} | done[key])
