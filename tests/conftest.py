@@ -47,6 +47,9 @@ def run(toy, tmp_path, monkeypatch):
     return train
 
 
+fake_gpu = pytest.mark.skipif(torch.__version__ < "2.15", reason="older fake GPUs want a driver (2.6 aborts)")
+
+
 class StaysOnTheDevice(TorchDispatchMode):
     """For fake CUDA tensors, which need no GPU: fails where a tensor is elsewhere, or where the program would wait for
     the GPU (a value is looked at, a shape depends on values). With `rows` it counts those `waits` instead, and answers

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from conftest import SMALL, StaysOnTheDevice, plain_bce
+from conftest import SMALL, StaysOnTheDevice, fake_gpu, plain_bce
 from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -282,6 +282,7 @@ def test_images_do_not_see_each_other():
         assert all(torch.equal(a[i], b[0]) for a, b in zip(whole, one, strict=True))
 
 
+@fake_gpu
 def test_selection_never_leaves_the_gpu():
     with FakeTensorMode(), StaysOnTheDevice() as calls:
         z = torch.empty(3, 5, 14, 11, device="cuda")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, StaysOnTheDevice
+from conftest import SMALL, StaysOnTheDevice, fake_gpu
 from PIL import Image
 from test_common import readme_commands
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -296,7 +296,7 @@ def test_cost_times_the_step_that_main_takes(row, toy, tmp_path, monkeypatch):
     assert value.item() == pytest.approx(seen["loss"], rel=1e-5)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.15", reason="fake GPUs of older versions want a driver (2.6 aborts)")
+@fake_gpu
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 @pytest.mark.parametrize(
     ("row", "flags", "waits"),
