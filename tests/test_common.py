@@ -492,7 +492,9 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_terms(run, tmp_path):
         run("--epochs", "3", "--lr", "1e30", "--limit", "16")
     assert "L_ori nan" in str(stop.value)
     _, folder = run("--epochs", "1", "--lr", "1e-4", "--limit", "16", "--init-from", str(tmp_path / "run"), out="again")
-    assert f"--init-from {tmp_path / 'run'}" in str(stop.value) and folder.name == "again"
+    assert f"--init-from {tmp_path / 'run'} starts from these" in str(stop.value) and folder.name == "again"
+    assert f"--resume {tmp_path / 'run'} --amp off" in str(stop.value)
+    assert srdl.parse(["--resume", str(tmp_path / "run"), "--amp", "off"]).resume
     state = common.load_checkpoint(tmp_path / "run" / "last.pt")
     assert all(t.isfinite().all() for t in state["model"].values())
 
